@@ -166,9 +166,7 @@ def reference_bwd(
     """[dq, dk, dv] as (tokens, heads, 3, head_dim); the probabilities are recomputed from lse."""
     tokens, heads, head_dim = q.shape
     dqkv = q.new_zeros(tokens, heads, 3, head_dim)
-    q32, k32, v32, do32, o32 = (
-        at_least_float32(t).transpose(0, 1) for t in (q, k, v, dout, out)
-    )
+    q32, k32, v32, do32, o32 = (at_least_float32(t).transpose(0, 1) for t in (q, k, v, dout, out))
     offsets = cu_seqlens.tolist()
     for start, end in zip(offsets, offsets[1:], strict=False):
         qs, ks, vs, dos, os = (t[:, start:end] for t in (q32, k32, v32, do32, o32))
