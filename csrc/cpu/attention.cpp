@@ -7,8 +7,6 @@
 namespace neobert {
 namespace {
 
-constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
-
 template <class T>
 struct Forward {
   Rows<const T> q, k, v;
@@ -74,8 +72,7 @@ void attend(const Forward<T>& args, const Part& part, int64_t head) {
   const bool one_block = block == part.length;
 
   Value* keys = keys_buffer.at_least(padded / kTileColumns * panel);
-  // The last panel of values may reach kTileColumns beyond the last row.
-  Value* values = values_buffer.at_least(padded * columns + kTileColumns * Dot::kDepth);
+  Value* values = values_buffer.at_least(padded * columns);
   float* scores = scores_buffer.at_least(kTileRows * padded);
   float* sums = out_buffer.at_least(one_block ? 1 : rows * columns);
   float* row_max = stats_buffer.at_least(2 * rows);
@@ -165,7 +162,7 @@ std::vector<Part> divide(const std::vector<int64_t>& offsets, int64_t heads) {
     const int64_t most = std::clamp(static_cast<int64_t>(share / length), kFewest, kMost);
     const int64_t count = ceil_div(length, most);
     for (int64_t j = 0; j < count; ++j)
-      parts.push_back({start, length, length * j / count, length * (j + 1) / count, j});
+      parts.push_back({start, length, length * j / count, length * (j + 1) / count});
   }
   return parts;
 }

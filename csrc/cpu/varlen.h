@@ -12,6 +12,8 @@
 
 namespace neobert {
 
+constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+
 // A (tokens, heads, head_dim) tensor with a contiguous last axis.
 template <class T>
 struct Rows {
@@ -78,9 +80,10 @@ inline std::vector<int64_t> checked_offsets(const char* op, const Tensor& cu_seq
 
 // A part of one sequence, as one piece of work per head: some of its rows against all of them.
 struct Part {
-  int64_t start, length;  // the sequence: first token, tokens
-  int64_t begin, end;     // the rows of the part, relative to start
-  int64_t index;          // which part of its sequence
+  static constexpr int64_t kNoPartial = -1;
+  int64_t start, length;         // the sequence: first token, tokens
+  int64_t begin, end;            // the rows of the part, relative to start
+  int64_t partial = kNoPartial;  // where its partial result lies, if others must be added to it
 };
 
 // Threads pull (part, head) pairs off a counter, the largest first, heads of a part in a row. Which
