@@ -13,7 +13,8 @@ struct Forward {
   T* out;      // (tokens, heads, head_dim)
   float* lse;  // (heads, tokens)
   int64_t tokens, heads, dim;
-  float scale_log2;  // scale * log2(e): scores are kept in units of log2
+  float sign;        // of the scale: scores are kept as ±q·k, so that the largest weighs most
+  float scale;       // its magnitude
 };
 
 // Keys of a block: their packed K and V fill half of a 1 MiB L2 cache.
@@ -23,10 +24,11 @@ int64_t key_block(int64_t dim) {
 }
 
 // One row of scores to probabilities relative to its running maximum `max`, which it may raise.
-// Adds to `sum` and returns what everything summed before must be multiplied by.
+// Adds to `sum` and returns what everything summed before must be multiplied by. The scale enters
+// here, in one rounding with the subtraction.
 template <class Dot>
-float softmax_row(float* scores, typename Dot::Value* p, int64_t keys, bool first, float& max,
-                  float& sum) {
+float softmax_row(const float* scores, typename Dot::Value* p, int64_t keys, float scale_log2,
+                  bool first, float& max, float& sum) {
   const int64_t whole = keys / kWidth * kWidth;
   const int tail = static_cast<int>(keys - whole);
   Vec highest = set1(-INFINITY);
@@ -36,7 +38,8 @@ float softmax_row(float* scores, typename Dot::Value* p, int64_t keys, bool firs
   const float row_max = hmax(highest);
   const float new_max = first ? row_max : std::max(max, row_max);
 
-  const Vec m = set1(new_max);
+  const Vec scale = set1(scale_log2), shift = set1(new_max * scale_log2);
+  const auto weigh = [&](Vec s) { return exp2<Dot::kExpDegree>(fmsub(s, scale, shift)); };
   Vec total = zero();
   const auto put = [&](int64_t j, Vec value) {
     total = total + value;
@@ -48,11 +51,9 @@ float softmax_row(float* scores, typename Dot::Value* p, int64_t keys, bool firs
 #endif
     }
   };
-  for (int64_t j = 0; j < whole; j += kWidth)
-    put(j, exp2<Dot::kExpDegree>(load(scores + j) - m));
-  if (tail > 0)
-    put(whole, keep_first(exp2<Dot::kExpDegree>(load(scores + whole) - m), tail, zero()));
-  const float rescale = first ? 0.0f : std::exp2(max - new_max);
+  for (int64_t j = 0; j < whole; j += kWidth) put(j, weigh(load(scores + j)));
+  if (tail > 0) put(whole, keep_first(weigh(load(scores + whole)), tail, zero()));
+  const float rescale = first ? 0.0f : std::exp2((max - new_max) * scale_log2);
   sum = (first ? 0.0f : sum * rescale) + hsum(total);
   max = new_max;
   return rescale;
@@ -87,7 +88,7 @@ void attend(const Forward<T>& args, const Part& part, int64_t head) {
   constexpr bool q_in_place = std::is_same_v<T, Value>;
   Value* widened = q_in_place ? nullptr : q_buffer.at_least(kTileRows * columns);
 
-  const Vec scale = set1(args.scale_log2);
+  const Vec sign = set1(args.sign);
   const int64_t groups = ceil_div(rows, kTileRows);
   for (int64_t k0 = 0; k0 < part.length; k0 += block) {
     const int64_t n = std::min(block, part.length - k0), key_vecs = ceil_div(n, kWidth);
@@ -110,13 +111,12 @@ void attend(const Forward<T>& args, const Part& part, int64_t head) {
       }
       multiply<Dot>(
           count, key_vecs, q_rows, OperandB<Value>{keys, kTileColumns * Dot::kDepth, panel}, steps,
-          [](int, int64_t) { return zero(); },
-          [&](int i, int64_t v, Vec s) { store(scores + i * padded + v * kWidth, s * scale); });
+          [&](int i, int64_t v, Vec s) { store(scores + i * padded + v * kWidth, s * sign); });
 
       float rescale[kTileRows];
       for (int i = 0; i < count; ++i)
-        rescale[i] = softmax_row<Dot>(scores + i * padded, p + i * padded, n, first,
-                                      row_max[row + i], row_sum[row + i]);
+        rescale[i] = softmax_row<Dot>(scores + i * padded, p + i * padded, n, args.scale * kLog2E,
+                                      first, row_max[row + i], row_sum[row + i]);
 
       float inverse[kTileRows];
       for (int i = 0; i < count; ++i) inverse[i] = 1.0f / row_sum[row + i];
@@ -124,22 +124,20 @@ void attend(const Forward<T>& args, const Part& part, int64_t head) {
           count, out_vecs, OperandA<Value>{p, padded, Dot::kDepth},
           OperandB<Value>{values, columns * Dot::kDepth, kTileColumns * Dot::kDepth},
           ceil_div(n, Dot::kDepth),
-          [&](int i, int64_t v) {
-            return first ? zero()
-                         : load(sums + (row + i) * columns + v * kWidth) * set1(rescale[i]);
-          },
           [&](int i, int64_t v, Vec sum) {
+            float* so_far = sums + (row + i) * columns + v * kWidth;
+            if (!first) sum = fmadd(load(so_far), set1(rescale[i]), sum);
             if (last) {
               T* to = args.out + ((token + i) * args.heads + head) * dim;
               store_vec(to, v, dim, sum * set1(inverse[i]));
             } else {
-              store(sums + (row + i) * columns + v * kWidth, sum);
+              store(so_far, sum);
             }
           });
       if (last)
         for (int i = 0; i < count; ++i)
-          args.lse[head * args.tokens + token + i] =
-              (row_max[row + i] + std::log2(row_sum[row + i])) * kLn2;
+          args.lse[head * args.tokens + token + i] = static_cast<float>(
+              double{row_max[row + i]} * args.scale + std::log(double{row_sum[row + i]}));
     }
   }
 }
@@ -185,8 +183,8 @@ std::tuple<Tensor, Tensor> varlen_attention(const Tensor& q, const Tensor& k, co
     using T = std::remove_pointer_t<decltype(type)>;
     using Dot = std::remove_pointer_t<decltype(dot)>;
     const Forward<T> args{rows_of<T>(q), rows_of<T>(k), rows_of<T>(v), data<T>(out),
-                          data<float>(lse), tokens, heads, dim,
-                          static_cast<float>(scale) * kLog2E};
+                          data<float>(lse), tokens, heads, dim, scale < 0 ? -1.0f : 1.0f,
+                          static_cast<float>(std::abs(scale))};
     for_each_part(parts, heads, 4 * dim, [&](const Part& part, int64_t head) {
       attend<T, Dot>(args, part, head);
     });

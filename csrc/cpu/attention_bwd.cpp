@@ -31,12 +31,11 @@ template <class Value>
 struct Scratch {
   Buffer<Value> k_columns, v_columns, k_steps, q_steps, dout_steps;
   Buffer<Value> p_pairs, ds_pairs, ds_rows;  // paired arithmetic only
-  Buffer<float> scores, dp, dk, dv, dq, stats;
+  Buffer<float> scores, dp, dk, dv, dq, delta;
 };
 
 template <class T>
-void dot_out_dout(const Backward<T>& args, const Part& part, int64_t head, float* lse_log2,
-                  float* delta) {
+void dot_out_dout(const Backward<T>& args, const Part& part, int64_t head, float* delta) {
   for (int64_t i = 0; i < part.length; ++i) {
     const T* out = args.out.at(part.start + i, head);
     const T* dout = args.dout.at(part.start + i, head);
@@ -46,17 +45,16 @@ void dot_out_dout(const Backward<T>& args, const Part& part, int64_t head, float
     if (const int n = static_cast<int>(args.dim - at); n > 0)
       sum = fmadd(load(out + at, n), load(dout + at, n), sum);
     delta[i] = hsum(sum);
-    lse_log2[i] = args.lse[head * args.tokens + part.start + i] * kLog2E;
   }
 }
 
-// One row: scores (in log2) and dp = dout vᵀ become p and ds = p (dp - delta), `scale` to follow.
+// One row: q kᵀ and dp = dout vᵀ become p and ds = p (dp - delta), whose scale is still to come.
 // Zero from `keys` up to a whole vector.
 template <class Dot>
-void probabilities(float* scores, float* dp, int64_t keys, float lse_log2, float delta) {
-  const Vec shift = set1(lse_log2), d = set1(delta);
+void probabilities(float* scores, float* dp, int64_t keys, float scale, float lse, float delta) {
+  const Vec factor = set1(scale), shift = set1(lse), d = set1(delta);
   for (int64_t j = 0; j < keys; j += kWidth) {
-    Vec p = exp2<Dot::kExpDegree>(load(scores + j) - shift);
+    Vec p = Dot::exp(fmsub(load(scores + j), factor, shift));
     if (keys - j < kWidth) p = keep_first(p, static_cast<int>(keys - j), zero());
     store(scores + j, p);
     store(dp + j, p * (load(dp + j) - d));
@@ -102,17 +100,16 @@ void differentiate(const Backward<T>& args, const Part& part, int64_t head, floa
   float* dv = scratch.dv.at_least(kBlock * columns);
   const bool whole = partial_dq == nullptr;  // this part is the whole sequence
   float* dq = whole ? scratch.dq.at_least(part.length * columns) : partial_dq;
-  float* lse_log2 = scratch.stats.at_least(2 * part.length);
-  float* delta = lse_log2 + part.length;
-  dot_out_dout(args, part, head, lse_log2, delta);
+  float* delta = scratch.delta.at_least(part.length);
+  dot_out_dout(args, part, head, delta);
 
-  const Vec scale = set1(args.scale), scale_log2 = set1(args.scale * kLog2E);
+  const float* lse = args.lse + head * args.tokens + start;
+  const Vec scale = set1(args.scale);
   const OperandB<Value> k_by_dim{k_columns, kTileColumns * kDepth, panel};
   const OperandB<Value> v_by_dim{v_columns, kTileColumns * kDepth, panel};
   const auto by_row = [&](const Value* p) {
     return OperandB<Value>{p, columns * kDepth, kTileColumns * kDepth};
   };
-  const auto from_zero = [](int, int64_t) { return zero(); };
 
   for (int64_t k0 = part.begin; k0 < part.end; k0 += kBlock) {
     const int64_t keys = std::min(kBlock, part.end - k0), key_vecs = ceil_div(keys, kWidth);
@@ -143,16 +140,16 @@ void differentiate(const Backward<T>& args, const Part& part, int64_t head, floa
           q_rows = {q.at(row, 0), q.token_stride, kDepth};
           dout_rows = {dout.at(row, 0), dout.token_stride, kDepth};
         }
-        multiply<Dot>(count, key_vecs, q_rows, k_by_dim, steps, from_zero,
+        multiply<Dot>(count, key_vecs, q_rows, k_by_dim, steps,
                       [&](int i, int64_t v, Vec s) {
-                        store(s_rows + i * kStride + v * kWidth, s * scale_log2);
+                        store(s_rows + i * kStride + v * kWidth, s);
                       });
         multiply<Dot>(
-            count, key_vecs, dout_rows, v_by_dim, steps, from_zero,
+            count, key_vecs, dout_rows, v_by_dim, steps,
             [&](int i, int64_t v, Vec s) { store(dp_rows + i * kStride + v * kWidth, s); });
         for (int i = 0; i < count; ++i) {
           float* dp_row = dp_rows + i * kStride;
-          probabilities<Dot>(s_rows + i * kStride, dp_row, keys, lse_log2[q0 + row + i],
+          probabilities<Dot>(s_rows + i * kStride, dp_row, keys, args.scale, lse[q0 + row + i],
                              delta[q0 + row + i]);
           // One key has probability 1 whatever its score; rounding must not leave a gradient.
           if (part.length == 1) dp_row[0] = 0.0f;
@@ -180,14 +177,13 @@ void differentiate(const Backward<T>& args, const Part& part, int64_t head, floa
         float* dq_rows = dq + (q0 + row) * columns;
         multiply<Dot>(
             count, vecs, ds_rows, by_row(k_steps), ceil_div(keys, kDepth),
-            [&](int i, int64_t v) {
-              return first_keys ? zero() : load(dq_rows + i * columns + v * kWidth);
-            },
             [&](int i, int64_t v, Vec sum) {
+              float* so_far = dq_rows + i * columns + v * kWidth;
+              if (!first_keys) sum = load(so_far) + sum;
               if (whole && last_keys) {
                 store_vec(args.grad(start + q0 + row + i, head, 0), v, dim, sum * scale);
               } else {
-                store(dq_rows + i * columns + v * kWidth, sum);
+                store(so_far, sum);
               }
             });
       }
@@ -205,14 +201,13 @@ void differentiate(const Backward<T>& args, const Part& part, int64_t head, floa
           multiply<Dot>(
               count, vecs, OperandA<Value>{a + key * kDepth, kDepth, kStride * kDepth}, by_row(b),
               ceil_div(queries, kDepth),
-              [&](int i, int64_t v) {
-                return first_queries ? zero() : load(sums + (key + i) * columns + v * kWidth);
-              },
               [&](int i, int64_t v, Vec sum) {
+                float* so_far = sums + (key + i) * columns + v * kWidth;
+                if (!first_queries) sum = load(so_far) + sum;
                 if (last_queries) {
                   store_vec(args.grad(start + k0 + key + i, head, which), v, dim, sum * factor);
                 } else {
-                  store(sums + (key + i) * columns + v * kWidth, sum);
+                  store(so_far, sum);
                 }
               });
         }

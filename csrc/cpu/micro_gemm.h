@@ -20,12 +20,52 @@ constexpr int kTileColumns = kTileVecs * kWidth;
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+constexpr float kLog2E = 1.44269504088896341f;
+
+inline Vec fmsub(Vec a, Vec b, Vec c) { return fmadd(a, b, zero() - c); }
+
+// 2^x = 2^floor(x) * 2^r: a minimax polynomial in r on [0, 1) that is exact at 0, to 1 ulp with
+// degree 6. 0 below -126; infinities and NaN as they should be.
+template <int kDegree>
+inline Vec exp2(Vec x) {
+  static_assert(kDegree == 4 || kDegree == 6);
+#if defined(__AVX512F__)
+  const Vec r = _mm512_reduce_ps(x, 0x09);  // x - floor(x)
+#else
+  const Vec clamped = vmax(set1(-126.0f), x);  // this order lets NaN through
+  const Vec whole = _mm256_floor_ps(vmin(set1(128.0f), clamped));
+  const Vec r = clamped - whole;
+#endif
+  Vec p;
+  if constexpr (kDegree == 6) {
+    p = set1(2.1612914861e-04f);
+    p = fmadd(p, r, set1(1.2467846973e-03f));
+    p = fmadd(p, r, set1(9.6754515544e-03f));
+    p = fmadd(p, r, set1(5.5485282093e-02f));
+    p = fmadd(p, r, set1(2.4022930861e-01f));
+    p = fmadd(p, r, set1(6.9314706326e-01f));
+  } else {
+    p = set1(1.3426684774e-02f);
+    p = fmadd(p, r, set1(5.2242472768e-02f));
+    p = fmadd(p, r, set1(2.4128019810e-01f));
+    p = fmadd(p, r, set1(6.9304484129e-01f));
+  }
+  p = fmadd(p, r, set1(1.0f));
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(p, x);  // p * 2^floor(x)
+#else
+  const Vec vanishes = _mm256_cmp_ps(x, set1(-126.0f), _CMP_LT_OQ);
+  return _mm256_andnot_ps(vanishes, p * pow2_of(_mm256_cvtps_epi32(whole)));
+#endif
+}
+
 // A Dot is the arithmetic of one step: 4 bytes of A against a vector of 4-byte elements of B, that
 // is kDepth consecutive values along the summed axis.
 struct Float32Dot {
   using Value = float;
   static constexpr int kDepth = 1;
   static constexpr int kExpDegree = 6;
+  static Vec exp(Vec x) { return neobert::exp(x); }
   static Vec step(Vec a, Vec b, Vec c) { return fmadd(a, b, c); }
 };
 
@@ -34,6 +74,7 @@ struct PairedBf16Dot {
   using Value = bf16;
   static constexpr int kDepth = 2;
   static constexpr int kExpDegree = 4;  // 3e-6, where rounding the result to bfloat16 costs 2e-3
+  static Vec exp(Vec x) { return exp2<kExpDegree>(x * set1(kLog2E)); }
   static Vec step(Vec a, Vec b, Vec c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
 };
 #endif
@@ -75,12 +116,12 @@ inline Vec keep_first(Vec v, int n, Vec rest) {
 #endif
 }
 
-template <class Dot, int kRows, int kVecs, class Start, class Finish>
+template <class Dot, int kRows, int kVecs, class Finish>
 inline void tile(OperandA<typename Dot::Value> a, const typename Dot::Value* b, int64_t b_step,
-                 int64_t steps, int64_t first_vec, const Start& start, const Finish& finish) {
+                 int64_t steps, int64_t first_vec, const Finish& finish) {
   Vec c[kRows][kVecs];
   for (int i = 0; i < kRows; ++i)
-    for (int j = 0; j < kVecs; ++j) c[i][j] = start(i, first_vec + j);
+    for (int j = 0; j < kVecs; ++j) c[i][j] = zero();
   const typename Dot::Value* a_at = a.data;
   for (int64_t k = 0; k < steps; ++k) {
     Vec bs[kVecs];
@@ -104,17 +145,16 @@ inline void with_constant(int n, const F& f) {
   f(std::integral_constant<int, kMax>{});
 }
 
-// C (rows <= kTileRows, vecs vectors wide): c = start(i, vec), c += A B, finish(i, vec, c).
-template <class Dot, class Start, class Finish>
+// A B, `rows` <= kTileRows high and `vecs` vectors wide: calls finish(row, vec, sum) for each vector.
+template <class Dot, class Finish>
 inline void multiply(int rows, int64_t vecs, OperandA<typename Dot::Value> a,
-                     OperandB<typename Dot::Value> b, int64_t steps, const Start& start,
-                     const Finish& finish) {
+                     OperandB<typename Dot::Value> b, int64_t steps, const Finish& finish) {
   with_constant<kTileRows>(rows, [&](auto row_count) {
     for (int64_t v = 0; v < vecs; v += kTileVecs) {
       const int n = static_cast<int>(vecs - v < kTileVecs ? vecs - v : kTileVecs);
       const auto* panel = b.data + v / kTileVecs * b.panel;
       with_constant<kTileVecs>(n, [&](auto vec_count) {
-        tile<Dot, row_count(), vec_count()>(a, panel, b.step, steps, v, start, finish);
+        tile<Dot, row_count(), vec_count()>(a, panel, b.step, steps, v, finish);
       });
     }
   });
@@ -233,41 +273,6 @@ void pack_as_steps(const T* source, int64_t stride, int64_t rows, int64_t dim, i
       }
     }
   }
-}
-
-// 2^x = 2^floor(x) * 2^r: a minimax polynomial in r on [0, 1) that is exact at 0, to 1 ulp with
-// degree 6. 0 below -126; infinities and NaN as they should be.
-template <int kDegree>
-inline Vec exp2(Vec x) {
-  static_assert(kDegree == 4 || kDegree == 6);
-#if defined(__AVX512F__)
-  const Vec r = _mm512_reduce_ps(x, 0x09);  // x - floor(x)
-#else
-  const Vec clamped = vmax(set1(-126.0f), x);  // this order lets NaN through
-  const Vec whole = _mm256_floor_ps(vmin(set1(128.0f), clamped));
-  const Vec r = clamped - whole;
-#endif
-  Vec p;
-  if constexpr (kDegree == 6) {
-    p = set1(2.1612914861e-04f);
-    p = fmadd(p, r, set1(1.2467846973e-03f));
-    p = fmadd(p, r, set1(9.6754515544e-03f));
-    p = fmadd(p, r, set1(5.5485282093e-02f));
-    p = fmadd(p, r, set1(2.4022930861e-01f));
-    p = fmadd(p, r, set1(6.9314706326e-01f));
-  } else {
-    p = set1(1.3426684774e-02f);
-    p = fmadd(p, r, set1(5.2242472768e-02f));
-    p = fmadd(p, r, set1(2.4128019810e-01f));
-    p = fmadd(p, r, set1(6.9304484129e-01f));
-  }
-  p = fmadd(p, r, set1(1.0f));
-#if defined(__AVX512F__)
-  return _mm512_scalef_ps(p, x);  // p * 2^floor(x)
-#else
-  const Vec vanishes = _mm256_cmp_ps(x, set1(-126.0f), _CMP_LT_OQ);
-  return _mm256_andnot_ps(vanishes, p * pow2_of(_mm256_cvtps_epi32(whole)));
-#endif
 }
 
 }  // namespace neobert

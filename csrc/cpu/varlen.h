@@ -12,8 +12,6 @@
 
 namespace neobert {
 
-constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
-
 // A (tokens, heads, head_dim) tensor with a contiguous last axis.
 template <class T>
 struct Rows {
@@ -66,15 +64,15 @@ inline std::vector<int64_t> checked_offsets(const char* op, const Tensor& cu_seq
   const std::vector<int64_t> offsets(values, values + cu_seqlens.size(0));
   STD_TORCH_CHECK(offsets[0] == 0, op, ": cu_seqlens must start at 0, got cu_seqlens[0] = ",
                   offsets[0]);
-  for (size_t i = 1; i < offsets.size(); ++i) {
+  for (size_t i = 1; i < offsets.size(); ++i)
     STD_TORCH_CHECK(offsets[i] >= offsets[i - 1], op, ": cu_seqlens must never fall, got cu_seqlens[",
                     i, "] = ", offsets[i], " after cu_seqlens[", i - 1, "] = ", offsets[i - 1]);
+  STD_TORCH_CHECK(offsets.back() <= tokens, op, ": cu_seqlens ends at ", offsets.back(),
+                  " but there are only ", tokens, " tokens");
+  for (size_t i = 1; i < offsets.size(); ++i)
     STD_TORCH_CHECK(offsets[i] - offsets[i - 1] <= max_seqlen, op, ": cu_seqlens gives sequence ",
                     i - 1, " ", offsets[i] - offsets[i - 1], " tokens, but max_seqlen is ",
                     max_seqlen);
-  }
-  STD_TORCH_CHECK(offsets.back() <= tokens, op, ": cu_seqlens ends at ", offsets.back(),
-                  " but there are only ", tokens, " tokens");
   return offsets;
 }
 
