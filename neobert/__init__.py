@@ -1,0 +1,1 @@
+"""NeoBERT: a packed encoder on fused kernels."""
