@@ -1,4 +1,4 @@
-"""Builds the CPU kernels: one shared library per instruction set, chosen when the package is imported.
+"""Builds the CPU kernels: one shared library per instruction set; importing chooses one.
 
 The sources use the LibTorch stable ABI and do not link Python, so one build serves every Python
 and every torch >= 2.10. Everything else about the project is in pyproject.toml.
@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 PACKAGE = "neobert_kernels"
@@ -51,10 +51,10 @@ def ninja_file(compiler: str, objects: Path, target: Path) -> str:
 
 
 class BuildKernels(build_ext):
-    """Builds what this machine can build, and says plainly what it could not and what that costs."""
+    """Builds what this machine can, and says plainly what it could not and what that costs."""
 
     def get_ext_filename(self, fullname):
-        # What setuptools tracks and installs; the libraries lie beside it. No Python ABI in the name.
+        # What setuptools tracks; the libraries lie beside it, without a Python ABI in their names.
         return "build.json"
 
     def get_outputs(self):
@@ -90,7 +90,9 @@ class BuildKernels(build_ext):
                 file=sys.stderr,
             )
         built = list(ISAS) if reason is None else []
-        (target / "build.json").write_text(json.dumps({"cpu": built, "cpu_not_built": reason}) + "\n")
+        (target / "build.json").write_text(
+            json.dumps({"cpu": built, "cpu_not_built": reason}) + "\n"
+        )
 
 
 def ninja() -> str:

@@ -1,4 +1,4 @@
-"""Argument checks shared by the public functions: errors that name the argument and show both sides."""
+"""Argument checks of the public functions: errors name the argument and show both sides."""
 
 import torch
 from torch import Tensor

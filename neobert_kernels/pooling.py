@@ -51,7 +51,7 @@ class _Pool(torch.autograd.Function):
 
 
 def _sequence_of(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """(tokens,) the sequence each token belongs to; `sequences` for those beyond the last offset."""
+    """(tokens,) each token's sequence; `sequences` for tokens beyond the last offset."""
     token = torch.arange(tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
     return torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
 
@@ -64,9 +64,10 @@ def _spread(dpooled: Tensor, cu_seqlens: Tensor, tokens: int, mean: bool) -> Ten
         lengths = cu_seqlens.diff().clamp(min=1).unsqueeze(-1)
         share = torch.cat([dpooled / lengths, share[-1:]])
         return share[sequence]
-    first = torch.arange(tokens, device=cu_seqlens.device) == cu_seqlens[
-        sequence.clamp(max=cu_seqlens.shape[0] - 1)
-    ]
+    first = (
+        torch.arange(tokens, device=cu_seqlens.device)
+        == cu_seqlens[sequence.clamp(max=cu_seqlens.shape[0] - 1)]
+    )
     return share[sequence] * first.unsqueeze(-1)
 
 

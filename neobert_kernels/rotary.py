@@ -40,7 +40,7 @@ def apply_rotary_qkv_(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) 
 
     Args:
         qkv: (tokens, heads, 3, head_dim) contiguous, [q, k, v] along the third axis: the output of
-            the qkv projection, viewed. Overwritten, and so must not be a leaf that needs a gradient.
+            the qkv projection, viewed. Overwritten, so it must not be a leaf that needs a gradient.
         cos, sin, positions: as for `apply_rotary`.
 
     Returns:
@@ -122,9 +122,7 @@ def reference(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, inverse: b
     return rotated.flatten(-2).to(x.dtype)
 
 
-def reference_qkv_(
-    qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, inverse: bool
-) -> None:
+def reference_qkv_(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, inverse: bool) -> None:
     tokens, heads, _, head_dim = qkv.shape
     qk = qkv[:, :, :2].reshape(tokens, 2 * heads, head_dim)
     qk = reference(qk, cos, sin, positions, inverse)
