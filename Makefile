@@ -1,0 +1,52 @@
+# Everything runs in a virtual environment inside the checkout.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PACKAGES := neobert neobert_kernels
+
+# Both names: pip before 25.3 applies the first to isolated builds too, later ones want the second.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup demo test bench lint format clean
+
+help:
+	@echo "make setup   virtual environment in .venv, kernels built, package installed (editable)"
+	@echo "make demo    embed real text with a full-size NeoBERT and compare with plain PyTorch"
+	@echo "make test    all tests"
+	@echo "make bench   all benchmarks, into benchmarks/results/"
+	@echo "make lint    ruff (check and format) and mypy"
+
+setup: $(READY)
+
+# Without build isolation the kernels are compiled against the very torch that will load them, and
+# torch is downloaded once, not twice.
+$(READY): pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel ninja torch
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[dev]"
+	$(BIN)/python -m neobert_kernels
+	touch $@
+
+demo: setup
+	$(BIN)/python -m neobert.demo $(if $(MODEL),--model $(MODEL))
+
+test: setup
+	$(BIN)/python -m pytest tests
+
+bench: setup
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build *.egg-info neobert_kernels/*.so neobert_kernels/build.json

@@ -1,0 +1,197 @@
+// One vector type, `Vec`, of 16 (AVX-512) or 8 (AVX2) floats, and what the kernels need of it.
+//
+// Every kernel file is compiled once per instruction set (see setup.py) and the right library is
+// chosen when the package is imported, so this header selects by the compiler's own macros and
+// holds no run-time dispatch. bfloat16 and float16 are converted at load and store; all arithmetic
+// is float32.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#if !defined(__AVX2__) || !defined(__FMA__) || !defined(__F16C__)
+#error "The CPU kernels need at least AVX2, FMA and F16C"
+#endif
+
+namespace neobert {
+
+using bf16 = torch::headeronly::BFloat16;
+using fp16 = torch::headeronly::Half;
+
+#if defined(__AVX512F__)
+
+using Vec = __m512;
+constexpr int kWidth = 16;
+
+inline __mmask16 mask_of(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+
+inline Vec zero() { return _mm512_setzero_ps(); }
+inline Vec set1(float x) { return _mm512_set1_ps(x); }
+inline Vec fmadd(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }    // a*b + c
+inline Vec fnmadd(Vec a, Vec b, Vec c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a*b
+inline Vec vmax(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+inline Vec vmin(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+inline float hsum(Vec a) { return _mm512_reduce_add_ps(a); }
+inline float hmax(Vec a) { return _mm512_reduce_max_ps(a); }
+// (x0, x1, x2, x3, …) -> (x1, x0, x3, x2, …), (x0, x0, x2, x2, …) and (x1, x1, x3, x3, …).
+inline Vec swap_pairs(Vec a) { return _mm512_permute_ps(a, 0xB1); }
+inline Vec dup_even(Vec a) { return _mm512_moveldup_ps(a); }
+inline Vec dup_odd(Vec a) { return _mm512_movehdup_ps(a); }
+// a*b - c in even lanes, a*b + c in odd lanes: a complex product in one instruction.
+inline Vec fmaddsub(Vec a, Vec b, Vec c) { return _mm512_fmaddsub_ps(a, b, c); }
+inline Vec fmsubadd(Vec a, Vec b, Vec c) { return _mm512_fmsubadd_ps(a, b, c); }
+
+inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
+inline Vec load(const float* p, int n) { return _mm512_maskz_loadu_ps(mask_of(n), p); }
+inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+inline void store(float* p, Vec v, int n) { _mm512_mask_storeu_ps(p, mask_of(n), v); }
+
+inline Vec from_bf16(__m256i h) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+// Round to nearest even in integers: vcvtneps2bf16 would flush denormals to zero. NaN stays NaN.
+inline __m256i to_bf16(Vec v) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
+inline __m256i load16(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
+inline __m256i load16(const void* p, int n) { return _mm256_maskz_loadu_epi16(mask_of(n), p); }
+inline void store16(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+inline void store16(void* p, __m256i v, int n) { _mm256_mask_storeu_epi16(p, mask_of(n), v); }
+inline Vec from_fp16(__m256i h) { return _mm512_cvtph_ps(h); }
+inline __m256i to_fp16(Vec v) {
+  return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+// x * 2^n for integral n, right also where the result is denormal or overflows.
+inline Vec scale_by_pow2(Vec x, Vec n) { return _mm512_scalef_ps(x, n); }
+inline Vec round_nearest(Vec x) {
+  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+#else  // AVX2
+
+using Vec = __m256;
+constexpr int kWidth = 8;
+
+inline __m256i mask_of(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+inline Vec zero() { return _mm256_setzero_ps(); }
+inline Vec set1(float x) { return _mm256_set1_ps(x); }
+inline Vec fmadd(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vec fnmadd(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a, b, c); }
+inline Vec vmax(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+inline Vec vmin(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+inline float hsum(Vec a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline float hmax(Vec a) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+inline Vec swap_pairs(Vec a) { return _mm256_permute_ps(a, 0xB1); }
+inline Vec dup_even(Vec a) { return _mm256_moveldup_ps(a); }
+inline Vec dup_odd(Vec a) { return _mm256_movehdup_ps(a); }
+inline Vec fmaddsub(Vec a, Vec b, Vec c) { return _mm256_fmaddsub_ps(a, b, c); }
+inline Vec fmsubadd(Vec a, Vec b, Vec c) { return _mm256_fmsubadd_ps(a, b, c); }
+
+inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
+inline Vec load(const float* p, int n) { return _mm256_maskload_ps(p, mask_of(n)); }
+inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+inline void store(float* p, Vec v, int n) { _mm256_maskstore_ps(p, mask_of(n), v); }
+
+inline Vec from_bf16(__m128i h) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+}
+inline __m128i to_bf16(Vec v) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256 nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+  rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), _mm256_castps_si256(nan));
+  rounded = _mm256_srli_epi32(rounded, 16);
+  const __m256i packed = _mm256_packus_epi32(rounded, rounded);  // within 128-bit halves
+  return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+}
+inline __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+inline __m128i load16(const void* p, int n) {
+  alignas(16) uint16_t buffer[8] = {};
+  std::memcpy(buffer, p, static_cast<size_t>(n) * sizeof(uint16_t));
+  return _mm_load_si128(reinterpret_cast<const __m128i*>(buffer));
+}
+inline void store16(void* p, __m128i v) { _mm_storeu_si128(static_cast<__m128i*>(p), v); }
+inline void store16(void* p, __m128i v, int n) {
+  alignas(16) uint16_t buffer[8];
+  _mm_store_si128(reinterpret_cast<__m128i*>(buffer), v);
+  std::memcpy(p, buffer, static_cast<size_t>(n) * sizeof(uint16_t));
+}
+inline Vec from_fp16(__m128i h) { return _mm256_cvtph_ps(h); }
+inline __m128i to_fp16(Vec v) {
+  return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+inline Vec pow2_of(__m256i n) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+}
+// Two factors, since 2^n itself may be denormal or infinite where x * 2^n is neither.
+inline Vec scale_by_pow2(Vec x, Vec n) {
+  const __m256i exponent = _mm256_cvtps_epi32(n);
+  const __m256i half = _mm256_srai_epi32(exponent, 1);
+  return x * pow2_of(half) * pow2_of(_mm256_sub_epi32(exponent, half));
+}
+inline Vec round_nearest(Vec x) {
+  return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+#endif
+
+inline Vec load(const bf16* p) { return from_bf16(load16(p)); }
+inline Vec load(const bf16* p, int n) { return from_bf16(load16(p, n)); }
+inline void store(bf16* p, Vec v) { store16(p, to_bf16(v)); }
+inline void store(bf16* p, Vec v, int n) { store16(p, to_bf16(v), n); }
+inline Vec load(const fp16* p) { return from_fp16(load16(p)); }
+inline Vec load(const fp16* p, int n) { return from_fp16(load16(p, n)); }
+inline void store(fp16* p, Vec v) { store16(p, to_fp16(v)); }
+inline void store(fp16* p, Vec v, int n) { store16(p, to_fp16(v), n); }
+
+// The value that `store` would leave in memory, as float32.
+inline Vec rounded_to(float*, Vec v) { return v; }
+inline Vec rounded_to(bf16*, Vec v) { return from_bf16(to_bf16(v)); }
+inline Vec rounded_to(fp16*, Vec v) { return from_fp16(to_fp16(v)); }
+
+// e^x to about 1 ulp over the whole range: x = n ln2 + r, |r| <= ln2/2, a degree-6 polynomial in r
+// (Taylor coefficients adjusted by a minimax fit), then 2^n. ln2 is split so that n*ln2 is exact.
+// Beyond the clamp float32 results are 0 or infinity; NaN passes through (operand order of vmin
+// and vmax: the second operand is returned for NaN).
+inline Vec exp(Vec x) {
+  x = vmin(set1(89.0f), vmax(set1(-104.0f), x));
+  const Vec n = round_nearest(x * set1(1.44269504088896341f));
+  Vec r = fnmadd(n, set1(0.693145751953125f), x);
+  r = fnmadd(n, set1(1.42860682030941723e-6f), r);
+  Vec p = set1(1.9875691500e-4f);
+  p = fmadd(p, r, set1(1.3981999507e-3f));
+  p = fmadd(p, r, set1(8.3334519073e-3f));
+  p = fmadd(p, r, set1(4.1665795894e-2f));
+  p = fmadd(p, r, set1(1.6666665459e-1f));
+  p = fmadd(p, r, set1(5.0000001201e-1f));
+  p = fmadd(p, r * r, r);
+  return scale_by_pow2(p + set1(1.0f), n);
+}
+
+}  // namespace neobert

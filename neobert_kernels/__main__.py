@@ -1,0 +1,30 @@
+"""`python -m neobert_kernels`: which kernel serves which op on which device."""
+
+import torch
+
+import neobert_kernels  # noqa: F401  (registers every op)
+from neobert_kernels import _compiled
+from neobert_kernels._library import OPS, has_kernel
+
+
+def table() -> str:
+    """The ops, and for CPU and CUDA the kernel that the dispatcher would call."""
+    cpu = f"C++ ({_compiled.LOADED})" if _compiled.LOADED else "C++"
+    lines = [f"{'op':<28} {'CPU':<22} CUDA"]
+    for name in OPS:
+        served = [
+            label if has_kernel(name, key) else "plain PyTorch"
+            for key, label in (("CPU", cpu), ("CUDA", "Triton"))
+        ]
+        lines.append(f"{name:<28} {served[0]:<22} {served[1]}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"CPU kernels: {_compiled.status()}\n")
+    print(table())
+
+
+if __name__ == "__main__":
+    main()

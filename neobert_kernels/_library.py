@@ -1,0 +1,44 @@
+"""One torch.library namespace. An op is a schema here and one kernel per dispatch key elsewhere.
+
+PyTorch's dispatcher chooses: the reference (plain PyTorch) is registered for every device and for
+fake tensors, a C++ kernel overrides it on the CPU, a CUDA or Triton kernel on the GPU. There is no
+other registry, no backend argument and no environment variable.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+lib = torch.library.Library("neobert", "DEF")
+ops = torch.ops.neobert
+OPS: list[str] = []
+
+
+def define(schema: str, reference: Callable, fake: Callable | None = None) -> None:
+    """Declares an op. `reference` runs on any device that has no kernel.
+
+    On fake tensors (torch.compile) the reference runs too, unless its work depends on the values
+    of a tensor: then `fake` gives the shapes.
+    """
+    name = lib.define(schema)
+    lib.impl(name, reference, "CompositeExplicitAutograd")
+    if fake is not None:
+        torch.library.register_fake(f"neobert::{name}", fake, lib=lib)
+    OPS.append(name)
+
+
+def impl(name: str, key: str) -> Callable[[Callable], Callable]:
+    """Decorator: this function is the `key` ("CPU", "CUDA") kernel of op `name`."""
+
+    def register(fn: Callable) -> Callable:
+        if has_kernel(name, key):
+            raise RuntimeError(f"neobert::{name} already has a {key} kernel")
+        lib.impl(name, fn, key)
+        return fn
+
+    return register
+
+
+def has_kernel(name: str, key: str) -> bool:
+    """Whether op `name` has a kernel of its own for dispatch key `key`, beside the reference."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"neobert::{name}", key)

@@ -1,0 +1,120 @@
+"""Linear layers without bias, with what follows them in the block done in the GEMM's epilogue."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._checks import at_least_float32, check_dtype, check_same_device, check_same_dtype
+from ._library import define, ops
+from .swiglu import reference as swiglu_reference
+from .swiglu import swiglu
+
+
+def linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+    """x @ weight.T, plus the residual stream where one is given. Honours autocast.
+
+    Args:
+        x: (tokens, in_features) float32, bfloat16 or float16.
+        weight: (out_features, in_features) in x.dtype (any dtype under autocast).
+        residual: (tokens, out_features) or None; its dtype may differ from that of x.
+
+    Returns:
+        (tokens, out_features) in residual.dtype if a residual is given, else in x.dtype (the
+        autocast dtype under autocast). Differentiable in all three.
+
+    Raises:
+        TypeError: a dtype that is not served, or x and weight of different dtypes.
+        ValueError: shapes or devices that do not fit.
+    """
+    x, weight = _autocast(x, weight)
+    _check("linear", x, weight)
+    if residual is not None:
+        check_dtype("linear", residual=residual)
+        check_same_device("linear", x=x, residual=residual)
+        if tuple(residual.shape) != (x.shape[0], weight.shape[0]):
+            raise ValueError(
+                f"linear: residual must have shape {(x.shape[0], weight.shape[0])} to match"
+                f" x {tuple(x.shape)} and weight {tuple(weight.shape)}, got {tuple(residual.shape)}"
+            )
+    if torch.is_grad_enabled():
+        return _Linear.apply(x, weight, residual)
+    return ops.linear(x, weight, residual)
+
+
+def linear_swiglu(x: Tensor, weight: Tensor) -> Tensor:
+    """swiglu(x @ weight.T): the first half of the feed-forward block. Honours autocast.
+
+    Without gradients the projection never reaches memory (on devices with a kernel for it); with
+    gradients it is kept for the backward.
+
+    Args:
+        x: (tokens, in_features) float32, bfloat16 or float16.
+        weight: (2 * width, in_features), the gate's rows first, in x.dtype.
+
+    Returns:
+        (tokens, width) in x.dtype. Differentiable in both.
+
+    Raises:
+        As `linear`; ValueError if weight has an odd number of rows.
+    """
+    x, weight = _autocast(x, weight)
+    _check("linear_swiglu", x, weight)
+    if weight.shape[0] % 2:
+        raise ValueError(
+            f"linear_swiglu: weight must have shape (2 * width, {x.shape[1]}),"
+            f" got {tuple(weight.shape)}"
+        )
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return swiglu(_Linear.apply(x, weight, None))
+    return ops.linear_swiglu(x, weight)
+
+
+def _autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return x.to(dtype), weight.to(dtype)
+    return x, weight
+
+
+def _check(op: str, x: Tensor, weight: Tensor) -> None:
+    check_dtype(op, x=x, weight=weight)
+    check_same_dtype(op, x=x, weight=weight)
+    check_same_device(op, x=x, weight=weight)
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{op}: x (tokens, in_features) and weight (out_features, in_features) must agree in"
+            f" in_features, got x {tuple(x.shape)} and weight {tuple(weight.shape)}"
+        )
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, residual):
+        ctx.save_for_backward(x, weight)
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        return ops.linear(x, weight, residual)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        dresidual = dy if ctx.residual_dtype is not None else None
+        dy = dy.to(x.dtype)
+        dx = torch.mm(dy, weight) if ctx.needs_input_grad[0] else None
+        dweight = torch.mm(dy.t(), x) if ctx.needs_input_grad[1] else None
+        return dx, dweight, dresidual
+
+
+def reference(x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
+    if residual is None:
+        return F.linear(x, weight)
+    if residual.dtype == x.dtype and x.device.type != "cpu":
+        return torch.addmm(residual, x, weight.t())  # the library's GEMM adds in its own epilogue
+    return (at_least_float32(residual) + F.linear(x, weight)).to(residual.dtype)
+
+
+def reference_swiglu(x: Tensor, weight: Tensor) -> Tensor:
+    return swiglu_reference(F.linear(x, weight))
+
+
+define("linear(Tensor x, Tensor weight, Tensor? residual) -> Tensor", reference)
+define("linear_swiglu(Tensor x, Tensor weight) -> Tensor", reference_swiglu)

@@ -1,0 +1,21 @@
+"""Fixtures for every test: a seed, and freshly allocated memory filled with NaN."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seed_and_poison(request):
+    """Seeds torch, and fills torch.empty with NaN so that an unwritten output element shows.
+
+    The fill needs deterministic mode, in which a few ops refuse to run; tests that train opt out
+    with the marker `no_poison`.
+    """
+    torch.manual_seed(0)
+    if request.node.get_closest_marker("no_poison"):
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
