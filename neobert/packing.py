@@ -96,11 +96,16 @@ def token_budget_batches(lengths: Sequence[int], max_tokens: int) -> list[list[i
     return batches
 
 
+def sequence_of_token(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """(num_tokens,) int64, the number of the sequence that each token belongs to."""
+    tokens = torch.arange(num_tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
+
+
 def restarting_positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     """(num_tokens,) int64 positions that restart at 0 with each sequence; never waits for a GPU."""
     tokens = torch.arange(num_tokens, device=cu_seqlens.device)
-    sequence = torch.searchsorted(cu_seqlens[1:].long(), tokens, right=True)
-    return tokens - cu_seqlens.long()[sequence]
+    return tokens - cu_seqlens[sequence_of_token(cu_seqlens, num_tokens)]
 
 
 @dataclass(frozen=True)
