@@ -17,7 +17,12 @@ from types import FrameType, TracebackType
 from typing import Annotated, BinaryIO
 
 import numpy as np
+import torch
 import typer
+from transformers.utils.logging import disable_progress_bar
+
+from neobert.encode import Encoder, TruncationWarning
+from neobert_kernels import __main__ as kernels
 
 app = typer.Typer(
     help="NeoBERT on fused kernels: texts to embeddings, without padding.",
@@ -26,9 +31,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-
-# torch and transformers take seconds to import: each command imports them for itself, so that
-# --help and a mistyped option answer at once.
 
 
 class Pooling(str, Enum):
@@ -225,6 +227,8 @@ def encode(
     Memory stays bounded however large the file. The output appears only when it is complete: an
     interrupted run leaves nothing behind, and a file already there as it was.
     """
+    warnings.simplefilter("ignore", TruncationWarning)  # said at the end
+    disable_progress_bar()  # transformers', for loading the weights
     try:
         with _stopped_by_signals():
             source = sys.stdin.buffer if input == "-" else open(input, "rb")
@@ -232,9 +236,6 @@ def encode(
                 texts = read_texts(source, "stdin" if input == "-" else input, field)
                 total = None if input == "-" else count_lines(Path(input))
                 typer.echo(f"loading {model}", err=True)
-                from neobert.encode import Encoder, TruncationWarning
-
-                warnings.simplefilter("ignore", TruncationWarning)  # said below
                 encoder = Encoder.from_pretrained(model, device, dtype and dtype.value, max_length)
                 writer.dim = encoder.dim
                 stream = encoder.encode_stream(
@@ -273,8 +274,6 @@ def encode(
 @app.command()
 def info() -> None:
     """Versions, devices, and which kernel serves which operation here."""
-    import torch
-
     typer.echo(f"python          {platform.python_version()} on {platform.platform()}")
     for package in ("neobert-kernels", "torch", "transformers", "tokenizers", "triton"):
         try:
@@ -294,6 +293,7 @@ def info() -> None:
             f"cuda:{index}          {gpu.name}, compute capability {gpu.major}.{gpu.minor}, "
             f"{gpu.total_memory / 2**30:.0f} GiB"
         )
+    typer.echo(f"\n{kernels.table()}")
 
 
 def main() -> None:
