@@ -23,6 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from neobert.encode import Encoder, TruncationWarning
 from neobert_kernels import __main__ as kernels
+from neobert_kernels import _compiled
 
 app = typer.Typer(
     help="NeoBERT on fused kernels: texts to embeddings, without padding.",
@@ -280,10 +281,9 @@ def info() -> None:
             typer.echo(f"{package:<16}{version(package)}")
         except PackageNotFoundError:
             typer.echo(f"{package:<16}not installed")
-    bfloat16 = "with" if torch.cpu.get_capabilities().get("avx512_bf16") else "without"
     typer.echo(
-        f"cpu             {torch.backends.cpu.get_cpu_capability()} {bfloat16} AVX512-BF16, "
-        f"{torch.get_num_threads()} threads"
+        f"cpu             {torch.backends.cpu.get_cpu_capability()}, "
+        f"{torch.get_num_threads()} threads, kernels: {_compiled.status()}"
     )
     if not torch.cuda.is_available():
         typer.echo("gpu             none")

@@ -7,6 +7,7 @@ bounded by two groups whatever the number of texts. Nothing is ever padded.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 import warnings
@@ -14,11 +15,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from neobert_kernels import pool
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -26,9 +27,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from neobert.model import NeoBERT
 from neobert.packing import PackedBatch, pack, token_budget_batches
 from neobert.text import TextTokenizer
+from neobert_kernels import pool
 
 Pooling = Literal["mean", "cls"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 # Tokens in a batch by default. On a CPU, enough rows for the GEMMs to run at their full rate while
 # the activations of a layer stay near the caches; on a GPU, enough to hide the kernel launches of
@@ -111,7 +115,7 @@ class Encoder:
     @classmethod
     def from_pretrained(
         cls,
-        path_or_hub_id: str,
+        path_or_hub_id: str | Path,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
         max_length: int | None = None,
@@ -125,6 +129,10 @@ class Encoder:
         max_length: see `Encoder`.
         hub_options: passed on to transformers (revision, token, cache_dir, local_files_only, …).
         """
+        if not Path(path_or_hub_id).is_dir() and not HUB_ID.fullmatch(str(path_or_hub_id)):
+            raise ValueError(
+                f"{str(path_or_hub_id)!r} is neither a directory nor a hub repository (owner/name)"
+            )
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if str(device).split(":")[0] not in MAX_TOKENS:
             raise ValueError(f"device must be one of {', '.join(MAX_TOKENS)}, got {device}")

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-import torch
-
 import neobert
-from neobert import NeoBERTConfig, NeoBERTLMHead
+from neobert.checkpoint import write_random_checkpoint
+from neobert.config import NeoBERTConfig
 from neobert.demo import docstrings, train_tokenizer
 
 MAX_LENGTH = 96
@@ -18,8 +17,7 @@ def texts() -> list[str]:
 
 
 def write_tiny_checkpoint(path: Path) -> Path:
-    """Two layers of head_dim 64; random weights of an ordinary size, so that texts differ."""
-    torch.manual_seed(0)
+    """Two layers of head_dim 64, ordinary random weights, and the tokenizer beside them."""
     config = NeoBERTConfig(
         vocab_size=1000,
         hidden_size=HIDDEN_SIZE,
@@ -27,9 +25,7 @@ def write_tiny_checkpoint(path: Path) -> Path:
         num_attention_heads=2,
         intermediate_size=192,
         max_length=MAX_LENGTH,
-        embedding_init_range=1.0,
-        decoder_init_range=0.1,
     )
-    NeoBERTLMHead(config).save_pretrained(path)
+    write_random_checkpoint(path, config, outliers=False)
     train_tokenizer(texts(), vocab_size=1000, max_length=MAX_LENGTH).save_pretrained(path)
     return path
