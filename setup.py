@@ -89,10 +89,8 @@ class BuildKernels(build_ext):
                 "`python -m neobert_kernels` shows which kernel serves which op.\n",
                 file=sys.stderr,
             )
-        built = list(ISAS) if reason is None else []
-        (target / "build.json").write_text(
-            json.dumps({"cpu": built, "cpu_not_built": reason}) + "\n"
-        )
+        manifest = {"cpu": [] if reason else list(ISAS), "cpu_not_built": reason}
+        (target / "build.json").write_text(json.dumps(manifest) + "\n")
 
 
 def ninja() -> str:

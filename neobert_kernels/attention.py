@@ -4,6 +4,8 @@ Vaswani et al. 2017, eq. 1, within each sequence. The sequences lie one after an
 token axis and `cu_seqlens` says where each begins; there is no padding and no mask.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -144,7 +146,7 @@ def reference(
     q32, k32, v32 = (at_least_float32(t).transpose(0, 1) for t in (q, k, v))
     lse = q32.new_zeros(q.shape[1], q.shape[0])
     offsets = cu_seqlens.tolist()
-    for start, end in zip(offsets, offsets[1:], strict=False):
+    for start, end in pairwise(offsets):
         scores = q32[:, start:end] @ k32[:, start:end].transpose(1, 2) * scale
         lse[:, start:end] = torch.logsumexp(scores, -1)
         attended = torch.softmax(scores, -1) @ v32[:, start:end]
@@ -168,7 +170,7 @@ def reference_bwd(
     dqkv = q.new_zeros(tokens, heads, 3, head_dim)
     q32, k32, v32, do32, o32 = (at_least_float32(t).transpose(0, 1) for t in (q, k, v, dout, out))
     offsets = cu_seqlens.tolist()
-    for start, end in zip(offsets, offsets[1:], strict=False):
+    for start, end in pairwise(offsets):
         qs, ks, vs, dos, os = (t[:, start:end] for t in (q32, k32, v32, do32, o32))
         p = torch.exp(qs @ ks.transpose(1, 2) * scale - lse[:, start:end].unsqueeze(-1))
         delta = (dos * os).sum(-1, keepdim=True)
