@@ -100,37 +100,42 @@ def write_random_checkpoint(
 
 
 def _random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Norm gains around 1, embeddings near ± 1, and projections that keep about that size."""
+    """Norm gains around 1, embeddings in ± 1, projections that keep that size; those that write to
+    the residual stream are smaller, so that depth does not drown the embedding."""
     x = torch.rand(shape, generator=generator) - 0.5
     if name.endswith("norm.weight"):
         return 1 + x
     if name == "model.encoder.weight":
         return 2 * x
-    return x * 2 * shape[-1] ** -0.5
+    scale = 1 if ".wo." in name or ".w3." in name else 2
+    return x * scale * shape[-1] ** -0.5
 
 
 def _add_outlier(state: dict[str, Tensor], config: NeoBERTConfig) -> None:
-    """One channel as found in the released weights: a constant 7.6 on every token, and, four
-    sevenths of the way up, a layer that turns it into about -1,330. As in the trained model, the
-    norms' gains then make the other channels audible again."""
+    """One channel as found in the released weights: 7.6 on every token, and, four sevenths of the
+    way up, a layer that turns it into about -1,330. As in the trained model, the norms' gains then
+    make the other channels audible again: not more than by half, or the gated product, whose input is
+    no longer normalised, feeds on itself."""
     channel = config.hidden_size * 184 // 768
-    layer = config.num_hidden_layers * 4 // 7
+    turn = config.num_hidden_layers * 4 // 7
+    loudness = 1330 / config.hidden_size**0.5  # of a token, root mean square, from there on
     state["model.encoder.weight"][:, channel] = 7.6
-    unit, ffn = 0, f"model.transformer_encoder.{layer}.ffn"
-    w12, w3 = state[f"{ffn}.w12.weight"], state[f"{ffn}.w3.weight"]
-    seen = 7.6 / (7.6**2 / config.hidden_size + 0.5) ** 0.5  # the channel after a norm, about
-    state[f"model.transformer_encoder.{layer}.ffn_norm.weight"][channel] = 1
-    for row in (unit, unit + config.swiglu_width):  # gate and up
-        w12[row] = 0
-        w12[row, channel] = 8 / seen
-    w3[:, unit] = 0
-    w3[channel, unit] = -1330 / 64
-    loudness = (1330**2 / config.hidden_size) ** 0.5
-    for name, gain in state.items():
-        parts = name.split(".")
-        after = parts[-2] == "layer_norm" or (
-            parts[1] == "transformer_encoder" and (int(parts[2]) > layer)
-        )
-        if parts[-2].endswith("norm") and after:
-            gain *= loudness
-            gain[channel] = 4.7 if parts[-2] == "layer_norm" else 0.02
+    for i in range(config.num_hidden_layers):
+        layer = f"model.transformer_encoder.{i}"
+        state[f"{layer}.wo.weight"][channel] = 0
+        state[f"{layer}.ffn.w3.weight"][channel] = 0
+        if i > turn:
+            for norm in ("attention_norm", "ffn_norm"):
+                state[f"{layer}.{norm}.weight"] *= loudness / 2
+                state[f"{layer}.{norm}.weight"][channel] = 0.02
+    state["model.layer_norm.weight"] *= loudness
+    state["model.layer_norm.weight"][channel] = 4.7
+
+    layer = f"model.transformer_encoder.{turn}"
+    state[f"{layer}.ffn_norm.weight"][channel] = 1
+    after_norm = 7.6 / (7.6**2 / config.hidden_size + 0.5) ** 0.5
+    for row in (0, config.swiglu_width):  # unit 0: its gate and its up
+        state[f"{layer}.ffn.w12.weight"][row] = 0
+        state[f"{layer}.ffn.w12.weight"][row, channel] = 8 / after_norm
+    state[f"{layer}.ffn.w3.weight"][:, 0] = 0
+    state[f"{layer}.ffn.w3.weight"][channel, 0] = -1330 / 64

@@ -133,6 +133,7 @@ class NeoBERTBlock(GradientCheckpointingLayer):
     def __init__(self, config: NeoBERTConfig):
         super().__init__()
         dim, self.heads = config.hidden_size, config.num_attention_heads
+        self.head_dim = dim // self.heads
         self.attention_norm = RMSNorm(dim, config.norm_eps)
         self.qkv = Linear(dim, 3 * dim)
         self.wo = Linear(dim, dim)
@@ -150,7 +151,7 @@ class NeoBERTBlock(GradientCheckpointingLayer):
     def rotated_qkv(self, hidden: Tensor, rotary: RotaryTable, positions: Tensor) -> Tensor:
         """(tokens, heads, 3, head_dim): the projection packs [q, k, v] per head."""
         qkv = self.qkv(self.attention_norm(hidden))
-        qkv = qkv.view(qkv.shape[0], self.heads, 3, -1)
+        qkv = qkv.view(-1, self.heads, 3, self.head_dim)
         return apply_rotary_qkv_(qkv, rotary.cos, rotary.sin, positions)
 
     def attention_probabilities(
