@@ -135,7 +135,7 @@ def step(what: str) -> Iterator[Callable[[str], None]]:
     print(f"{result} ({time.perf_counter() - start:.1f} s)")
 
 
-def spread(texts: list[str], lengths: list[int], tokens: int) -> list[str]:
+def spread(texts: list[str], lengths: list[int], tokens: float) -> list[str]:
     """About `tokens` tokens of `texts` with the same spread of lengths, in random order."""
     by_length = sorted(range(len(texts)), key=lengths.__getitem__)
     count = max(1, min(len(texts), round(tokens * len(texts) / sum(lengths))))

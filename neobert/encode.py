@@ -11,7 +11,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -187,8 +187,7 @@ class Encoder:
 
         Raises TypeError, with the index, for a text that is not a str, before computing anything.
         """
-        single = isinstance(texts, str)
-        items = [texts] if single else list(_iterable(texts))
+        items = [texts] if isinstance(texts, str) else list(_iterable(texts))
         for index, text in enumerate(items):
             _check_text(text, index)
         device = self.device if convert_to_tensor else "cpu"
@@ -208,7 +207,7 @@ class Encoder:
             for rows in stream:
                 embeddings[start : start + len(rows)] = rows
                 start += len(rows)
-        if single:
+        if isinstance(texts, str):
             embeddings = embeddings[0]
         return embeddings if convert_to_tensor else embeddings.numpy()
 
@@ -222,7 +221,7 @@ class Encoder:
         max_tokens: int | None = None,
         show_progress_bar: bool | None = None,
         total: int | None = None,
-    ) -> Iterator[Tensor]:
+    ) -> Generator[Tensor]:
         """Embeddings of any number of texts in bounded memory.
 
         Yields (n, dim) float32 tensors on the model's device, which in a row are the embeddings in
@@ -243,7 +242,7 @@ class Encoder:
 
     def _stream(
         self, texts: Iterable[str], options: _Options, show_progress_bar: bool, total: int | None
-    ) -> Iterator[Tensor]:
+    ) -> Generator[Tensor]:
         started = time.perf_counter()
         stats = self.stats = EncodeStats()
         thread = ThreadPoolExecutor(1, thread_name_prefix="neobert-tokenize")

@@ -12,11 +12,11 @@ import time
 import numpy as np
 import pytest
 import torch
-from tiny import HIDDEN_SIZE, MAX_LENGTH, write_tiny_checkpoint
 from typer.testing import CliRunner
 
 from neobert.cli import InputError, NpyWriter, app, count_lines, read_texts
 from neobert.encode import Encoder
+from tests.tiny import HIDDEN_SIZE, MAX_LENGTH, write_tiny_checkpoint
 
 LINES = ["first text", "", "a third, somewhat longer text", "na\u00efve \u4e2d\u6587", "last"]
 

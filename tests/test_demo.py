@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import texts
 
 from neobert import demo
 from neobert.config import NeoBERTConfig
 from neobert.encode import Encoder
+from tests.tiny import texts
 
 TINY = NeoBERTConfig(
     vocab_size=1000,

@@ -9,10 +9,10 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-from tiny import HIDDEN_SIZE, MAX_LENGTH, texts, write_tiny_checkpoint
 from transformers import AutoModel, AutoTokenizer
 
 from neobert.encode import Encoder, TruncationWarning
+from tests.tiny import HIDDEN_SIZE, MAX_LENGTH, texts, write_tiny_checkpoint
 
 TEXTS = texts()
 SHORT = [text[:60] for text in TEXTS]

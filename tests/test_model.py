@@ -6,14 +6,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-import tests.plain_neobert as plain_neobert
+from neobert import plain as plain_neobert
 from neobert.checkpoint import released_shapes, write_random_checkpoint
 from neobert.layers import Linear
 from neobert.model import NeoBERT, NeoBERTConfig, NeoBERTLMHead
 from neobert.packing import pack, unpack
+from neobert.plain import PlainNeoBERT
 from tests.accuracy import assert_accurate
 from tests.checkpoints import pad, random_sequences, small_config
-from tests.plain_neobert import PlainNeoBERT
 
 LENGTHS = [5, 1, 64, 129, 33, 63, 65, 300]
 
