@@ -114,8 +114,8 @@ def _random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator
 def _add_outlier(state: dict[str, Tensor], config: NeoBERTConfig) -> None:
     """One channel as found in the released weights: 7.6 on every token, and, four sevenths of the
     way up, a layer that turns it into about -1,330. As in the trained model, the norms' gains then
-    make the other channels audible again: not more than by half, or the gated product, whose input is
-    no longer normalised, feeds on itself."""
+    make the other channels audible again, but by half: the gated product, whose input is no longer
+    normalised, would feed on itself."""
     channel = config.hidden_size * 184 // 768
     turn = config.num_hidden_layers * 4 // 7
     loudness = 1330 / config.hidden_size**0.5  # of a token, root mean square, from there on
