@@ -35,9 +35,9 @@ from neobert.model import (
     NeoBERTModel,
 )
 from neobert.packing import pack
+from neobert.plain import PlainNeoBERT
 from neobert_kernels import pool
 from tests.checkpoints import WORDS, pad, random_sequences, small_config, word_tokenizer
-from tests.plain_neobert import PlainNeoBERT
 
 TEXTS = ["the cat sat on the mat", "a dog", "the red tree was not very big and it ran under a cat"]
 
