@@ -64,7 +64,7 @@ def input_layout(
     return layout, pack_padded(position_ids.expand(shape), layout)
 
 
-def _check_packed(shape: tuple[int, int], attention_mask: Tensor | None) -> None:
+def _check_packed(shape: tuple[int, ...], attention_mask: Tensor | None) -> None:
     if shape[0] != 1:
         raise ValueError(
             "packed input (cu_seqlens given) must be one row, input_ids (1, tokens), got "
@@ -79,7 +79,7 @@ def _check_packed(shape: tuple[int, int], attention_mask: Tensor | None) -> None
 
 
 def _refuse_undeclared_packing(
-    shape: tuple[int, int], attention_mask: Tensor | None, position_ids: Tensor | None
+    shape: tuple[int, ...], attention_mask: Tensor | None, position_ids: Tensor | None
 ) -> None:
     """position_ids that restart in a single row without a mask mean packed sequences to some of
     transformers' backends; read as one sequence, each would attend to the others."""

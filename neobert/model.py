@@ -7,6 +7,9 @@ the door and unpacked once at the end; in between no tensor holds padding.
 (No `from __future__ import annotations` here: transformers reads annotations of model classes.)
 """
 
+from collections.abc import Iterable
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -85,13 +88,14 @@ class NeoBERTPreTrainedModel(PreTrainedModel):
         The new head of a classifier may be missing. `ignore_mismatched_sizes=True` allows other
         shapes (a head with another number of labels).
         """
-        model, info = super().from_pretrained(
+        loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path,
             *args,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             **kwargs,
         )
+        model, info = loaded
         heads = tuple(f"{name}." for name in cls._new_head_modules)
         missing = sorted(key for key in info["missing_keys"] if not key.startswith(heads))
         if missing:
@@ -109,10 +113,10 @@ class NeoBERTPreTrainedModel(PreTrainedModel):
             )
         return (model, info) if output_loading_info else model
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.base_model.encoder
+    def get_input_embeddings(self) -> nn.Module:
+        return cast(nn.Module, self.base_model.encoder)
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.base_model.encoder = value
 
 
@@ -176,6 +180,7 @@ class NeoBERT(NeoBERTPreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds")
         packed = packed_boundaries(cu_seqlens, max_seqlen, kwargs)
         inputs = input_ids if inputs_embeds is None else inputs_embeds
+        assert inputs is not None
         layout, positions = input_layout(
             inputs, attention_mask, position_ids, packed, self.config.max_length
         )
@@ -188,7 +193,7 @@ class NeoBERT(NeoBERTPreTrainedModel):
             output_attentions = self.config.output_attentions
 
         states, attentions = [], []
-        for block in self.transformer_encoder:
+        for block in cast(Iterable[NeoBERTBlock], self.transformer_encoder):
             arguments = hidden, self.rotary, positions, layout
             if output_hidden_states:
                 states.append(unpack_padded(hidden, layout))
@@ -295,7 +300,7 @@ class NeoBERTForSequenceClassification(NeoBERTPreTrainedModel):
         self.model = NeoBERT(config)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, cast(int, config.num_labels))
         self.post_init()
 
     @can_return_tuple
@@ -354,7 +359,7 @@ class NeoBERTForTokenClassification(NeoBERTPreTrainedModel):
         self.num_labels = config.num_labels
         self.model = NeoBERT(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, cast(int, config.num_labels))
         self.post_init()
 
     @can_return_tuple

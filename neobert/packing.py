@@ -118,14 +118,14 @@ class PaddedLayout:
     max_seqlen: the most tokens in a row.
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     indices: Tensor | None
     cu_seqlens: Tensor
     max_seqlen: int
 
 
 def padded_layout(
-    shape: tuple[int, int], attention_mask: Tensor | None, device: torch.device
+    shape: tuple[int, ...], attention_mask: Tensor | None, device: torch.device
 ) -> PaddedLayout:
     """Find the tokens of a padded batch; waits for the device once, and never without a mask.
 
