@@ -21,12 +21,13 @@ struct Any {
 cudaError_t rms_norm(Any x, Any residual, Any weight, float eps, Any y, Any total, float* rstd,
                      int64_t rows, int64_t dim, cudaStream_t stream);
 
-// dtotal.data may be null; dtotal has the dtype of x. partial: scratch of (partials, dim) with
+// dtotal.data may be null; dtotal has the dtype of x. dbranch.data may be null; it is dx in the dtype of
+// dy. partial: scratch of (partials, dim) with
 // partials = rms_norm_bwd_partials(rows) of the current device.
 int64_t rms_norm_bwd_partials(int64_t rows);
 cudaError_t rms_norm_bwd(Any dy, Any dtotal, Any x, Any weight, const float* rstd, Any dx,
-                         Any dweight, float* partial, int64_t partials, int64_t rows, int64_t dim,
-                         cudaStream_t stream);
+                         Any dbranch, Any dweight, float* partial, int64_t partials, int64_t rows,
+                         int64_t dim, cudaStream_t stream);
 
 // gate_up (rows, 2 * width), y and dy (rows, width), contiguous and of one dtype.
 cudaError_t swiglu(Any gate_up, Any y, int64_t rows, int64_t width, cudaStream_t stream);

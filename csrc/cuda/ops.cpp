@@ -121,48 +121,58 @@ int64_t norm_dim(const char* op, const Tensor& x, const Tensor& weight) {
   return weight.size(0);
 }
 
-std::tuple<Tensor, Tensor, Tensor> norm(const char* op, const Tensor& x_, const Tensor* residual_,
-                                        const Tensor& weight_, double eps) {
+struct Norm {
+  Tensor y, rstd;
+  std::optional<Tensor> total;
+};
+
+Norm norm(const char* op, const Tensor& x_, const Tensor* residual_, const Tensor& weight_,
+          double eps) {
   const int64_t dim = norm_dim(op, x_, weight_);
   const Dtype x_dtype = dtype_of(op, "x", x_), weight_dtype = dtype_of(op, "weight", weight_);
   const Tensor x = as_contiguous(x_), weight = as_contiguous(weight_);
-  const Tensor y = empty_like(x, x_dtype);
-  const Tensor rstd =
-      empty(x, {x.sizes().data(), static_cast<size_t>(x.dim() - 1)}, Dtype::kFloat32);
-  Tensor residual, total;
+  Norm out{empty_like(x, x_dtype),
+           empty(x, {x.sizes().data(), static_cast<size_t>(x.dim() - 1)}, Dtype::kFloat32),
+           std::nullopt};
+  std::optional<Tensor> residual;
   Any residual_array{nullptr, x_dtype}, total_array{nullptr, x_dtype};
   if (residual_ != nullptr) {
     require_like(op, "residual", *residual_, x);
     const Dtype dtype = dtype_of(op, "residual", *residual_);
     residual = as_contiguous(*residual_);
-    total = empty_like(x, dtype);
-    residual_array = array(residual, dtype);
-    total_array = array(total, dtype);
+    out.total = empty_like(x, dtype);
+    residual_array = array(*residual, dtype);
+    total_array = array(*out.total, dtype);
   }
-  if (const int64_t rows = rstd.numel(); rows > 0) {
+  if (const int64_t rows = out.rstd.numel(); rows > 0) {
     const OnDeviceOf device(x);
     STD_CUDA_CHECK(neobert::rms_norm(array(x, x_dtype), residual_array,
                                      array(weight, weight_dtype), static_cast<float>(eps),
-                                     array(y, x_dtype), total_array, floats(rstd), rows, dim,
-                                     device.stream()));
+                                     array(out.y, x_dtype), total_array, floats(out.rstd), rows,
+                                     dim, device.stream()));
   }
-  return {y, total, rstd};
+  return out;
 }
 
 std::tuple<Tensor, Tensor> rms_norm_op(const Tensor& x, const Tensor& weight, double eps) {
-  auto [y, total, rstd] = norm("rms_norm", x, nullptr, weight, eps);
-  return {y, rstd};
+  Norm out = norm("rms_norm", x, nullptr, weight, eps);
+  return {out.y, out.rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm_op(const Tensor& x, const Tensor& residual,
                                                    const Tensor& weight, double eps) {
-  return norm("add_rms_norm", x, &residual, weight, eps);
+  Norm out = norm("add_rms_norm", x, &residual, weight, eps);
+  return {out.y, *out.total, out.rstd};
 }
 
-std::tuple<Tensor, Tensor> rms_norm_bwd_op(const Tensor& dy_, const std::optional<Tensor>& dtotal_,
-                                           const Tensor& x_, const Tensor& weight_,
-                                           const Tensor& rstd_) {
-  const char* op = "rms_norm_bwd";
+struct NormGradients {
+  Tensor dx, dweight;
+  std::optional<Tensor> dbranch;  // dx in the dtype of dy
+};
+
+NormGradients norm_bwd(const char* op, const Tensor& dy_, const std::optional<Tensor>& dtotal_,
+                       const Tensor& x_, const Tensor& weight_, const Tensor& rstd_,
+                       bool with_dbranch) {
   const int64_t dim = norm_dim(op, x_, weight_);
   const Dtype x_dtype = dtype_of(op, "x", x_), y_dtype = dtype_of(op, "dy", dy_);
   const Dtype weight_dtype = dtype_of(op, "weight", weight_);
@@ -174,8 +184,7 @@ std::tuple<Tensor, Tensor> rms_norm_bwd_op(const Tensor& dy_, const std::optiona
                   shape_of(rstd_));
   const Tensor dy = as_contiguous(dy_), x = as_contiguous(x_), weight = as_contiguous(weight_);
   const Tensor rstd = as_contiguous(rstd_);
-  Tensor dtotal;
-  Any dtotal_array{nullptr, x_dtype};
+  std::optional<Tensor> dtotal;
   if (dtotal_.has_value()) {
     require_like(op, "dtotal", *dtotal_, x);
     STD_TORCH_CHECK(dtype_of(op, "dtotal", *dtotal_) == x_dtype, op,
@@ -183,19 +192,37 @@ std::tuple<Tensor, Tensor> rms_norm_bwd_op(const Tensor& dy_, const std::optiona
                     torch::headeronly::toString(dtotal_->scalar_type()), " and ",
                     torch::headeronly::toString(x.scalar_type()));
     dtotal = as_contiguous(*dtotal_);
-    dtotal_array = array(dtotal, x_dtype);
   }
-  const Tensor dx = empty_like(x, x_dtype);
-  Tensor dweight = empty(x, {&dim, 1}, weight_dtype);
-  if (dx.numel() == 0) return {dx, torch::stable::zero_(dweight)};
+  NormGradients out{empty_like(x, x_dtype), empty(x, {&dim, 1}, weight_dtype), std::nullopt};
+  if (with_dbranch) out.dbranch = empty_like(x, y_dtype);
+  if (x.numel() == 0) {
+    torch::stable::zero_(out.dweight);
+    return out;
+  }
   const OnDeviceOf device(x);
   const int64_t partials = rms_norm_bwd_partials(rows), partial_sizes[] = {partials, dim};
   const Tensor partial = empty(x, {partial_sizes, 2}, Dtype::kFloat32);
   STD_CUDA_CHECK(neobert::rms_norm_bwd(
-      array(dy, y_dtype), dtotal_array, array(x, x_dtype), array(weight, weight_dtype),
-      floats(rstd), array(dx, x_dtype), array(dweight, weight_dtype), floats(partial), partials,
-      rows, dim, device.stream()));
-  return {dx, dweight};
+      array(dy, y_dtype), {dtotal ? dtotal->data_ptr() : nullptr, x_dtype}, array(x, x_dtype),
+      array(weight, weight_dtype), floats(rstd), array(out.dx, x_dtype),
+      {out.dbranch ? out.dbranch->data_ptr() : nullptr, y_dtype},
+      array(out.dweight, weight_dtype), floats(partial), partials, rows, dim, device.stream()));
+  return out;
+}
+
+std::tuple<Tensor, Tensor> rms_norm_bwd_op(const Tensor& dy, const std::optional<Tensor>& dtotal,
+                                           const Tensor& x, const Tensor& weight,
+                                           const Tensor& rstd) {
+  NormGradients out = norm_bwd("rms_norm_bwd", dy, dtotal, x, weight, rstd, false);
+  return {out.dx, out.dweight};
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm_bwd_op(const Tensor& dy,
+                                                       const std::optional<Tensor>& dtotal,
+                                                       const Tensor& total, const Tensor& weight,
+                                                       const Tensor& rstd) {
+  NormGradients out = norm_bwd("add_rms_norm_bwd", dy, dtotal, total, weight, rstd, true);
+  return {*out.dbranch, out.dx, out.dweight};
 }
 
 // ---- SwiGLU
@@ -316,6 +343,7 @@ STABLE_TORCH_LIBRARY_IMPL(neobert, CUDA, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm_op));
   m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm_op));
   m.impl("rms_norm_bwd", TORCH_BOX(&rms_norm_bwd_op));
+  m.impl("add_rms_norm_bwd", TORCH_BOX(&add_rms_norm_bwd_op));
   m.impl("swiglu", TORCH_BOX(&swiglu_op));
   m.impl("swiglu_bwd", TORCH_BOX(&swiglu_bwd_op));
   m.impl("rotary", TORCH_BOX(&rotary_op));

@@ -118,13 +118,14 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock)
   }
 }
 
-// dx = rstd * (g - x_hat * mean(g * x_hat)) [+ dtotal], with x_hat = x * rstd and g = dy * weight;
-// dtotal may be null. A block takes every gridDim-th group of rows and leaves its sum of
+// dx = rstd * (g - x_hat * mean(g * x_hat)) [+ dtotal], with x_hat = x * rstd and g = dy * weight.
+// dtotal may be null; so may dbranch, which is dx rounded to the dtype of dy. A block takes every gridDim-th group of rows and leaves its sum of
 // dy * x_hat in one row of partial (blocks, dim).
 template <int E, class X, class Y, class W>
 __global__ void __launch_bounds__(kWarp* kRowsPerBlock, E > 32 ? 1 : kBlocksPerSM)
     rms_norm_bwd_in_registers(const Y* dy, const X* dtotal, const X* x, W weight,
-                              const float* rstd, X* dx, float* partial, int64_t rows, int dim) {
+                              const float* rstd, X* dx, Y* dbranch, float* partial, int64_t rows,
+                              int dim) {
   constexpr int N = kAccessWidth<X, Y>, K = E / N;
   // Wide rows fill the registers: dweight is then summed in shared memory, where each lane has slots of
   // its own, one apart from its neighbours', and dtotal is read late.
@@ -184,6 +185,7 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock, E > 32 ? 1 : kBlocksPerS
 #pragma unroll
       for (int i = 0; i < N; ++i) d[i] += (g[k][i] - x_hat[k][i] * mean) * scale;
       store(dx + at + column, d);
+      if (dbranch != nullptr) store(dbranch + at + column, d);
     }
   }
   if constexpr (!kWide) {
@@ -201,11 +203,11 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock, E > 32 ? 1 : kBlocksPerS
   }
 }
 
-// dx alone, for any dim that is a multiple of N. X, Y and W are pointers or Any.
+// dx and dbranch alone, for any dim that is a multiple of N. X, Y and W are pointers or Any.
 template <int N, class X, class Y, class W>
 __global__ void __launch_bounds__(kWarp* kRowsPerBlock)
     rms_norm_bwd_in_passes(Y dy, X dtotal, bool has_dtotal, X x, W weight, const float* rstd, X dx,
-                           int64_t rows, int64_t dim) {
+                           Y dbranch, bool has_dbranch, int64_t rows, int64_t dim) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.y;
   if (row >= rows) return;
   const int64_t at = row * dim;
@@ -234,6 +236,7 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock)
 #pragma unroll
     for (int i = 0; i < N; ++i) d[i] += (g[i] - x_hat[i] * mean) * scale;
     store(dx + (at + column), d);
+    if (has_dbranch) store(dbranch + (at + column), d);
   }
 }
 
@@ -346,10 +349,10 @@ int64_t rms_norm_bwd_partials(int64_t rows) {
 }
 
 cudaError_t rms_norm_bwd(Any dy, Any dtotal, Any x, Any weight, const float* rstd, Any dx,
-                         Any dweight, float* partial, int64_t partials, int64_t rows, int64_t dim,
-                         cudaStream_t stream) {
+                         Any dbranch, Any dweight, float* partial, int64_t partials, int64_t rows,
+                         int64_t dim, cudaStream_t stream) {
   const dim3 grid(blocks_for(rows, kRowsPerBlock)), sum_block(kWarp, kSumLanes);
-  const bool has_dtotal = dtotal.data != nullptr;
+  const bool has_dtotal = dtotal.data != nullptr, has_dbranch = dbranch.data != nullptr;
   const auto sum_weight_terms = [&](cudaError_t error) {
     if (error != cudaSuccess) return error;
     return launch(stream, dim3(blocks_for(dim, kWarp), static_cast<unsigned>(partials)), sum_block,
@@ -362,7 +365,7 @@ cudaError_t rms_norm_bwd(Any dy, Any dtotal, Any x, Any weight, const float* rst
     const auto start = [&](auto kernel, auto w) {
       return launch(stream, dim3(static_cast<unsigned>(partials)), kBlock, kernel, static_cast<Y*>(dy.data),
                     static_cast<X*>(dtotal.data), static_cast<X*>(x.data), w, rstd,
-                    static_cast<X*>(dx.data), partial, rows, dim);
+                    static_cast<X*>(dx.data), static_cast<Y*>(dbranch.data), partial, rows, dim);
     };
     if (dim <= kWarp * kSmall && weight.dtype == Dtype::kFloat32)
       return start(rms_norm_bwd_in_registers<kSmall, X, Y, float*>,
@@ -374,13 +377,16 @@ cudaError_t rms_norm_bwd(Any dy, Any dtotal, Any x, Any weight, const float* rst
     return sum_weight_terms(launch(
         stream, grid, kBlock, rms_norm_bwd_in_passes<kAccessWidth<X, Y>, X*, Y*, Any>,
         static_cast<Y*>(dy.data), static_cast<X*>(dtotal.data), has_dtotal,
-        static_cast<X*>(x.data), weight, rstd, static_cast<X*>(dx.data), rows, dim));
+        static_cast<X*>(x.data), weight, rstd, static_cast<X*>(dx.data),
+        static_cast<Y*>(dbranch.data), has_dbranch, rows, dim));
   };
   const auto general = [&] {
     return sum_weight_terms(launch(stream, grid, kBlock, rms_norm_bwd_in_passes<1, Any, Any, Any>,
-                                   dy, dtotal, has_dtotal, x, weight, rstd, dx, rows, dim));
+                                   dy, dtotal, has_dtotal, x, weight, rstd, dx, dbranch, has_dbranch,
+                                   rows, dim));
   };
-  const bool is_aligned = aligned(dy.data, dtotal.data, x.data, weight.data, dx.data);
+  const bool is_aligned =
+      aligned(dy.data, dtotal.data, x.data, weight.data, dx.data, dbranch.data);
   const cudaError_t error = dispatch(x.dtype, [&](auto x_type) {
     return dispatch(dy.dtype, [&](auto y_type) {
       using X = typename decltype(x_type)::type;

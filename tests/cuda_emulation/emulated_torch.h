@@ -1,4 +1,4 @@
-// Included before ops.cpp: the ops are registered for CPU tensors in a namespace of their own, the
+// Included before ops.cpp: the ops are registered for CPU tensors in EMULATED_NAMESPACE, the
 // kernels may touch only the tensors whose addresses the ops ask for, and fresh tensors hold NaN.
 #pragma once
 
@@ -60,7 +60,7 @@ inline AOTITorchError current_stream(int32_t, void** stream) {
 
 #undef STABLE_TORCH_LIBRARY_IMPL
 #define STABLE_TORCH_LIBRARY_IMPL(ns, key, m) \
-  _STABLE_TORCH_LIBRARY_IMPL(neobert_emulated, CPU, m, C10_UID)
+  _STABLE_TORCH_LIBRARY_IMPL(EMULATED_NAMESPACE, CPU, m, C10_UID)
 #undef STD_CUDA_CHECK
 #define STD_CUDA_CHECK(call)                                                                   \
   if (const cudaError_t error = (call); error != cudaSuccess)                                  \
