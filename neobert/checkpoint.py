@@ -92,7 +92,7 @@ def write_random_checkpoint(
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
     fields = {name: getattr(config, name) for name in _RELEASED_FIELDS}
     fields["dim_head"] = config.hidden_size // config.num_attention_heads
-    if config.rope_parameters and config.rope_parameters["rope_type"] != "default":
+    if config.rope_parameters["rope_type"] != "default":
         fields["rope_parameters"] = config.rope_parameters
     text = json.dumps(_RELEASED_EXTRAS | fields, indent=2, sort_keys=True)
     (directory / "config.json").write_text(text + "\n")

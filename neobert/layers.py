@@ -78,7 +78,6 @@ def rotary_frequencies(config: NeoBERTConfig) -> tuple[Tensor, float]:
     """(head_dim / 2,) float64 radians per position, and the factor on cos and sin (YaRN's)."""
     head_dim = config.hidden_size // config.num_attention_heads
     rope = config.rope_parameters
-    assert rope is not None, "transformers fills rope_parameters in"
     if rope["rope_type"] in ("dynamic", "longrope"):
         raise ValueError(
             f"rope_type {rope['rope_type']!r} changes the rotation with the longest sequence of a "

@@ -118,14 +118,14 @@ class PaddedLayout:
     max_seqlen: the most tokens in a row.
     """
 
-    shape: tuple[int, ...]
+    shape: tuple[int, int]
     indices: Tensor | None
     cu_seqlens: Tensor
     max_seqlen: int
 
 
 def padded_layout(
-    shape: tuple[int, ...], attention_mask: Tensor | None, device: torch.device
+    shape: tuple[int, int], attention_mask: Tensor | None, device: torch.device
 ) -> PaddedLayout:
     """Find the tokens of a padded batch; waits for the device once, and never without a mask.
 
@@ -155,7 +155,7 @@ def padded_layout(
             "additive mask or segment numbers"
         )
     indices = torch.nonzero_static(keep.flatten(), size=total).squeeze(1)
-    return PaddedLayout(shape, indices, cu_seqlens, max_seqlen)
+    return PaddedLayout((batch, length), indices, cu_seqlens, max_seqlen)
 
 
 def pack_padded(x: Tensor, layout: PaddedLayout) -> Tensor:
