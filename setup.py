@@ -101,7 +101,9 @@ def gencode(archs: str) -> str:
         number, _, ptx = arch.partition("+")
         name = number.replace(".", "")
         if not name.rstrip("af").isdigit() or ptx not in ("", "PTX", "PTX-only"):
-            raise ValueError(f"TORCH_CUDA_ARCH_LIST: cannot read {arch!r} (like 8.0, 9.0a, 9.0+PTX)")
+            raise ValueError(
+                f"TORCH_CUDA_ARCH_LIST: cannot read {arch!r} (like 8.0, 9.0a, 9.0+PTX)"
+            )
         if ptx != "PTX-only":
             flags.append(f"-gencode arch=compute_{name},code=sm_{name}")
         if ptx:

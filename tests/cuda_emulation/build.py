@@ -1,4 +1,4 @@
-"""Compiles csrc/cuda for the host, where every CUDA thread is a fiber, and loads it as torch ops."""
+"""Compiles csrc/cuda for the host, every CUDA thread a fiber, and loads it as torch ops."""
 
 import ctypes
 import hashlib
@@ -59,19 +59,21 @@ class Emulated:
         op = getattr(self._ops, name)
 
         def run(*arguments) -> list[Tensor]:
-            outputs = []
+            outputs, first = [], arguments[0].clone()
             for descending in (False, True):
-                given = [a.clone() if name.endswith("_") and i == 0 else a
-                         for i, a in enumerate(arguments)]  # fmt: skip
+                arguments[0].copy_(first)
                 self._emulation.emulation_start(descending)
-                returned = op(*given)
-                if returned is None:
-                    returned = given[0]
-                outputs.append([returned] if isinstance(returned, Tensor) else list(returned))
+                returned = op(*arguments)
+                if returned is None:  # works in place
+                    returned = arguments[0].clone()
+                outputs.append([returned] if isinstance(returned, Tensor) else returned)
             for one, other in zip(*outputs, strict=True):
                 # As bytes: a NaN must be the same NaN.
-                same = one.contiguous().view(torch.uint8).equal(other.contiguous().view(torch.uint8))
-                assert same, f"{name}: a race, the order of the threads changes the result"
+                one, other = (t.contiguous().view(torch.uint8) for t in (one, other))
+                assert one.equal(other), (
+                    f"{name}: a race, the order of the threads changes the result"
+                )
+            arguments[0].copy_(first)
             return outputs[0]
 
         return run

@@ -4,6 +4,7 @@
 // must take part, every thread must reach the same barrier.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -73,6 +74,8 @@ enum class State { kReady, kShuffle, kBarrier, kDone };
 
 struct Thread {
   ucontext_t context;
+  jmp_buf resume;
+  bool started = false;
   uint3 index;
   State state;
   uint32_t value, mask;
@@ -81,7 +84,7 @@ struct Thread {
 
 inline std::vector<Thread> threads;
 inline std::vector<char> stack_memory;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline size_t current = 0;
 inline std::function<void()> body;
 inline std::string failure;
@@ -90,18 +93,49 @@ inline bool descending = false;  // the order in which threads run between barri
 constexpr size_t kStackBytes = 64 << 10;
 constexpr int kLanes = 32;
 
-inline void enter() {
-  try {
-    body();
-  } catch (const std::exception& error) {
-    failure = error.what();
-  }
-  threads[current].state = State::kDone;
-}
-
+// setjmp and longjmp switch, for they make no system call; ucontext only starts a thread on its stack.
+// Threads outlive a block: the next one runs its body anew.
 inline void wait(State state) {
   threads[current].state = state;
-  swapcontext(&threads[current].context, &scheduler);
+  if (_setjmp(threads[current].resume) == 0) _longjmp(scheduler, 1);
+}
+
+inline void enter() {
+  for (;;) {
+    try {
+      body();
+    } catch (const std::exception& error) {
+      failure = error.what();
+    }
+    wait(State::kDone);
+  }
+}
+
+inline void run(Thread& thread) {
+  if (_setjmp(scheduler) != 0) return;
+  if (thread.started) _longjmp(thread.resume, 1);
+  thread.started = true;
+  setcontext(&thread.context);
+}
+
+inline void make_threads(size_t count) {
+  if (threads.size() >= count) return;
+  threads = std::vector<Thread>(count);
+  stack_memory.resize(count * kStackBytes);
+  stacks.begin = reinterpret_cast<uintptr_t>(stack_memory.data());
+  stacks.end = stacks.begin + stack_memory.size();
+  for (size_t i = 0; i < count; ++i) {
+    getcontext(&threads[i].context);
+    threads[i].context.uc_stack.ss_sp = stack_memory.data() + i * kStackBytes;
+    threads[i].context.uc_stack.ss_size = kStackBytes;
+    makecontext(&threads[i].context, enter, 0);
+  }
+}
+
+[[noreturn]] inline void fail(std::string why) {
+  threads.clear();  // some stopped midway
+  failure.clear();
+  throw std::runtime_error(why);
 }
 
 // Lets those go on whose shuffle or barrier is complete; false if there are none.
@@ -116,12 +150,12 @@ inline bool release() {
         mask |= threads[i].mask;
       }
     if (present == 0 || present != mask) continue;
-    std::vector<uint32_t> values;
-    for (size_t i = first; i < last; ++i) values.push_back(threads[i].value);
+    uint32_t values[kLanes];
+    for (size_t i = first; i < last; ++i) values[i - first] = threads[i].value;
     for (size_t i = first; i < last; ++i) {
       if (threads[i].state != State::kShuffle) continue;
       const size_t other = (i - first) ^ static_cast<size_t>(threads[i].other_lane);
-      if (other < values.size() && (present >> other & 1)) threads[i].value = values[other];
+      if (other < kLanes && (present >> other & 1)) threads[i].value = values[other];
       threads[i].state = State::kReady;
       released = true;
     }
@@ -139,34 +173,25 @@ inline bool release() {
 
 inline void run_block() {
   const size_t count = size_t{blockDim.x} * blockDim.y * blockDim.z;
-  threads.resize(count);
-  stack_memory.resize(std::max(stack_memory.size(), count * kStackBytes));
-  stacks.begin = reinterpret_cast<uintptr_t>(stack_memory.data());
-  stacks.end = stacks.begin + stack_memory.size();
-  for (size_t i = 0; i < count; ++i) {
-    Thread& thread = threads[i];
-    thread.state = State::kReady;
-    thread.index.x = i % blockDim.x;
-    thread.index.y = i / blockDim.x % blockDim.y;
-    thread.index.z = i / blockDim.x / blockDim.y;
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = stack_memory.data() + i * kStackBytes;
-    thread.context.uc_stack.ss_size = kStackBytes;
-    thread.context.uc_link = &scheduler;
-    makecontext(&thread.context, enter, 0);
+  make_threads(count);
+  for (size_t i = 0; i < threads.size(); ++i) {
+    threads[i].state = i < count ? State::kReady : State::kDone;
+    threads[i].index.x = i % blockDim.x;
+    threads[i].index.y = i / blockDim.x % blockDim.y;
+    threads[i].index.z = i / blockDim.x / blockDim.y;
   }
   do {
     for (size_t i = 0; i < count; ++i) {
       current = descending ? count - 1 - i : i;
       if (threads[current].state != State::kReady) continue;
       threadIdx = threads[current].index;
-      swapcontext(&scheduler, &threads[current].context);
-      if (!failure.empty()) throw std::runtime_error(std::exchange(failure, {}));
+      run(threads[current]);
+      if (!failure.empty()) fail(failure);
     }
   } while (release());
   for (const Thread& thread : threads)
     if (thread.state != State::kDone)
-      throw std::runtime_error("emulation: deadlock, a shuffle or barrier that not every thread reaches");
+      fail("emulation: deadlock, a shuffle or barrier that not every thread reaches");
 }
 
 }  // namespace emulation
