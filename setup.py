@@ -26,7 +26,7 @@ AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
 ISAS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
 # Native code for A100-like and Hopper GPUs, PTX for whatever comes after.
-CUDA_ARCHS = "8.0 9.0a 9.0+PTX-only"
+CUDA_ARCHS = "8.0 9.0a PTX-9.0"
 
 
 def rules(compiler: str) -> list[str]:
@@ -95,18 +95,21 @@ def cuda_library(nvcc: str, archs: str, objects: Path, target: Path) -> list[str
 
 
 def gencode(archs: str) -> str:
-    """nvcc's flags for a list such as torch's TORCH_CUDA_ARCH_LIST: "8.0;9.0a" or "8.0 9.0+PTX"."""
+    """nvcc's flags for a list such as torch's TORCH_CUDA_ARCH_LIST: "8.0;9.0a" or "8.0 9.0+PTX".
+
+    "PTX-9.0", which torch does not know, is the PTX without the native code.
+    """
     flags = []
     for arch in archs.replace(";", " ").split():
-        number, _, ptx = arch.partition("+")
+        number = arch.removeprefix("PTX-").removesuffix("+PTX")
         name = number.replace(".", "")
-        if not name.rstrip("af").isdigit() or ptx not in ("", "PTX", "PTX-only"):
+        if not name.rstrip("af").isdigit():
             raise ValueError(
                 f"TORCH_CUDA_ARCH_LIST: cannot read {arch!r} (like 8.0, 9.0a, 9.0+PTX)"
             )
-        if ptx != "PTX-only":
+        if not arch.startswith("PTX-"):
             flags.append(f"-gencode arch=compute_{name},code=sm_{name}")
-        if ptx:
+        if "PTX" in arch:
             flags.append(f"-gencode arch=compute_{name},code=compute_{name}")
     return " ".join(flags)
 

@@ -1,8 +1,9 @@
-// What every CUDA kernel file includes: element types as floats, wide accesses, warp sums, launches.
-// Kernels touch global memory only through fetch, load and store, in the words below, so that a host
-// emulation (tests/cuda_emulation) can check every access.
+// What every CUDA kernel file includes: element types as floats, wide accesses, warp sums,
+// launches. Kernels touch global memory only through fetch, load and store, in the words below, so
+// that a host emulation (tests/cuda_emulation) can check every access.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -42,8 +43,9 @@ struct Word<4> { using type = uint1; };
 template <>
 struct Word<2> { using type = ushort1; };
 
-// A hint for wide accesses. kOnce: nothing reads it again soon, so it should not push what will be read
-// out of the caches. kConstant: nothing writes it while the kernel runs, and many warps read it.
+// A hint for wide accesses. kOnce: nothing reads it again soon, so it should not push what will be
+// read out of the caches. kConstant: nothing writes it while the kernel runs, and many warps read
+// it.
 enum class Use { kAgain, kOnce, kConstant };
 
 template <class T, int N>
@@ -59,8 +61,8 @@ struct Fetched {
   typename Access<T, N>::Bits bits[N / Access<T, N>::kElements];
 };
 
-// Starts reading N consecutive elements, in 16-byte accesses, or in a single one where they are fewer
-// bytes; p must be aligned to the access.
+// Starts reading N consecutive elements, in 16-byte accesses, or in a single one where they are
+// fewer bytes; p must be aligned to the access.
 template <Use kUse, int N, class T>
 __device__ __forceinline__ Fetched<T, N> fetch(const T* p) {
   using A = Access<T, N>;
@@ -169,8 +171,9 @@ bool aligned(Pointer... p) {
   return ((reinterpret_cast<uintptr_t>(p) % 16 == 0) && ...);
 }
 
+// More blocks than a grid holds stay too many, and the launch reports it.
 inline unsigned blocks_for(int64_t count, int64_t each) {
-  return static_cast<unsigned>((count + each - 1) / each);
+  return static_cast<unsigned>(std::min<int64_t>((count + each - 1) / each, 0xffffffff));
 }
 
 template <class... P, class... A>

@@ -1,6 +1,6 @@
-// The CUDA kernels as PyTorch ops: checks, allocation, stream, registration. The LibTorch stable ABI
-// only, and no dispatcher call unless an argument must be copied: for a few hundred tokens the host's
-// time is the op's time.
+// The CUDA kernels as PyTorch ops: checks, allocation, stream, registration. The LibTorch stable
+// ABI only, and no dispatcher call unless an argument must be copied: for a few hundred tokens the
+// host's time is the op's time.
 #include <algorithm>
 #include <optional>
 #include <string>

@@ -19,16 +19,12 @@ struct None {};  // the type of a residual that is not there
 template <class A, class B>
 constexpr int kAccessWidth = 16 / static_cast<int>(sizeof(A) > sizeof(B) ? sizeof(A) : sizeof(B));
 
-__device__ __forceinline__ float inverse_rms(float squares, int64_t dim, float eps) {
-  return rsqrtf(squares / static_cast<float>(dim) + eps);
-}
-
 // dim <= 32 * E, a multiple of the access width: the row stays in E registers of each lane. W is a
 // pointer or Any.
 template <int E, class X, class R, class W>
 __global__ void __launch_bounds__(kWarp* kRowsPerBlock)
     rms_norm_in_registers(const X* x, const R* residual, W weight, float eps, X* y,
-                          R* total, float* rstd, int64_t rows, int dim) {
+                          R* total, float* rstd, int64_t rows, int dim, float inverse_dim) {
   constexpr int N = kAccessWidth<X, R>, K = E / N;
   constexpr bool kAdd = !std::is_same_v<R, None>;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.y;
@@ -67,7 +63,7 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock)
 #pragma unroll
     for (int i = 0; i < N; ++i) squares += v[k][i] * v[k][i];
   }
-  const float scale = inverse_rms(warp_sum(squares), dim, eps);
+  const float scale = rsqrtf(warp_sum(squares) * inverse_dim + eps);
   if (threadIdx.x == 0) store(rstd + row, {scale});
 #pragma unroll
   for (int k = 0; k < K; ++k) {
@@ -86,7 +82,7 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock)
 template <int N, class X, class R, class W>
 __global__ void __launch_bounds__(kWarp* kRowsPerBlock)
     rms_norm_in_passes(X x, R residual, W weight, float eps, X y, R total, float* rstd,
-                       int64_t rows, int64_t dim) {
+                       int64_t rows, int64_t dim, float inverse_dim) {
   constexpr bool kAdd = !std::is_same_v<R, None*>;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.y;
   if (row >= rows) return;
@@ -104,7 +100,7 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock)
 #pragma unroll
     for (int i = 0; i < N; ++i) squares += v[i] * v[i];
   }
-  const float scale = inverse_rms(warp_sum(squares), dim, eps);
+  const float scale = rsqrtf(warp_sum(squares) * inverse_dim + eps);
   if (threadIdx.x == 0) store(rstd + row, {scale});
   for (int64_t column = threadIdx.x * N; column < dim; column += kWarp * N) {
     // Each lane reads back only what it wrote itself.
@@ -119,16 +115,16 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock)
 }
 
 // dx = rstd * (g - x_hat * mean(g * x_hat)) [+ dtotal], with x_hat = x * rstd and g = dy * weight.
-// dtotal may be null; so may dbranch, which is dx rounded to the dtype of dy. A block takes every gridDim-th group of rows and leaves its sum of
-// dy * x_hat in one row of partial (blocks, dim).
+// dtotal may be null; so may dbranch, which is dx rounded to the dtype of dy. A block takes every
+// gridDim-th group of rows and leaves its sum of dy * x_hat in one row of partial (blocks, dim).
 template <int E, class X, class Y, class W>
 __global__ void __launch_bounds__(kWarp* kRowsPerBlock, E > 32 ? 1 : kBlocksPerSM)
     rms_norm_bwd_in_registers(const Y* dy, const X* dtotal, const X* x, W weight,
                               const float* rstd, X* dx, Y* dbranch, float* partial, int64_t rows,
-                              int dim) {
+                              int dim, float inverse_dim) {
   constexpr int N = kAccessWidth<X, Y>, K = E / N;
-  // Wide rows fill the registers: dweight is then summed in shared memory, where each lane has slots of
-  // its own, one apart from its neighbours', and dtotal is read late.
+  // Wide rows fill the registers: dweight is then summed in shared memory, where each lane has
+  // slots of its own, one apart from its neighbours', and dtotal is read late.
   constexpr bool kWide = E > 32, kEarly = E * sizeof(X) <= 64;
   __shared__ float sums[kRowsPerBlock][E * kWarp];
   float* own_sums = sums[threadIdx.y] + threadIdx.x;
@@ -172,7 +168,7 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock, E > 32 ? 1 : kBlocksPerS
         dot += g[k][i] * x_hat[k][i];
       }
     }
-    const float mean = warp_sum(dot) / static_cast<float>(dim);
+    const float mean = warp_sum(dot) * inverse_dim;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       const int column = (k * kWarp + threadIdx.x) * N;
@@ -207,7 +203,10 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock, E > 32 ? 1 : kBlocksPerS
 template <int N, class X, class Y, class W>
 __global__ void __launch_bounds__(kWarp* kRowsPerBlock)
     rms_norm_bwd_in_passes(Y dy, X dtotal, bool has_dtotal, X x, W weight, const float* rstd, X dx,
-                           Y dbranch, bool has_dbranch, int64_t rows, int64_t dim) {
+                           Y dbranch, bool has_dbranch, int64_t rows, int64_t dim,
+                           float inverse_dim) {
+  // The general kernel's choices among dtypes fill the registers without unrolling.
+  constexpr int kUnroll = N == 1 ? 1 : 4;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.y;
   if (row >= rows) return;
   const int64_t at = row * dim;
@@ -223,12 +222,14 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock)
       g[i] *= w[i];
     }
   };
+#pragma unroll kUnroll
   for (int64_t column = threadIdx.x * N; column < dim; column += kWarp * N) {
     read(column);
 #pragma unroll
     for (int i = 0; i < N; ++i) dot += g[i] * x_hat[i];
   }
-  const float mean = warp_sum(dot) / static_cast<float>(dim);
+  const float mean = warp_sum(dot) * inverse_dim;
+#pragma unroll kUnroll
   for (int64_t column = threadIdx.x * N; column < dim; column += kWarp * N) {
     read(column);
     float d[N] = {};
@@ -263,8 +264,8 @@ struct WeightTerm {
 
 constexpr int kSumLanes = 16;
 
-// out (gridDim.y, dim): block row b sums its share of the rows. Every thread adds its rows in order,
-// then one warp adds the threads in order.
+// out (gridDim.y, dim): block row b sums its share of the rows. Every thread adds its rows in
+// order, then one warp adds the threads in order.
 template <class Term>
 __global__ void __launch_bounds__(kWarp* kSumLanes)
     column_sum(Term term, Any out, int64_t rows, int64_t dim) {
@@ -290,8 +291,8 @@ __global__ void __launch_bounds__(kWarp* kSumLanes)
 
 const dim3 kBlock(kWarp, kRowsPerBlock);
 
-// Elements of a row that a lane may keep in registers: NeoBERT's 768 columns fit the first. Backward
-// keeps two rows, so fewer of each.
+// Elements of a row that a lane may keep in registers: NeoBERT's 768 columns fit the first.
+// Backward keeps two rows, so fewer of each.
 constexpr int kSmall = 24, kLarge = 64, kLargeBwd = 48;
 
 // Pairs of types with kernels of their own: one type, or bfloat16 or float16 branches on a float32
@@ -304,13 +305,14 @@ constexpr bool kSpecialised = std::is_same_v<Branch, Residual> || std::is_same_v
 cudaError_t rms_norm(Any x, Any residual, Any weight, float eps, Any y, Any total, float* rstd,
                      int64_t rows, int64_t dim, cudaStream_t stream) {
   const dim3 grid(blocks_for(rows, kRowsPerBlock));
+  const float inverse_dim = 1.0f / static_cast<float>(dim);
   const auto specialised = [&](auto x_type, auto residual_type) {
     using X = typename decltype(x_type)::type;
     using R = typename decltype(residual_type)::type;
     const auto start = [&](auto kernel, auto w) {
       return launch(stream, grid, kBlock, kernel, static_cast<X*>(x.data),
                     static_cast<R*>(residual.data), w, eps, static_cast<X*>(y.data),
-                    static_cast<R*>(total.data), rstd, rows, dim);
+                    static_cast<R*>(total.data), rstd, rows, dim, inverse_dim);
     };
     if (dim <= kWarp * kSmall && weight.dtype == Dtype::kFloat32)
       return start(rms_norm_in_registers<kSmall, X, R, float*>, static_cast<float*>(weight.data));
@@ -322,9 +324,9 @@ cudaError_t rms_norm(Any x, Any residual, Any weight, float eps, Any y, Any tota
   const auto general = [&] {
     if (residual.data == nullptr)
       return launch(stream, grid, kBlock, rms_norm_in_passes<1, Any, None*, Any>, x, nullptr,
-                    weight, eps, y, nullptr, rstd, rows, dim);
+                    weight, eps, y, nullptr, rstd, rows, dim, inverse_dim);
     return launch(stream, grid, kBlock, rms_norm_in_passes<1, Any, Any, Any>, x, residual, weight,
-                  eps, y, total, rstd, rows, dim);
+                  eps, y, total, rstd, rows, dim, inverse_dim);
   };
   const bool is_aligned = aligned(x.data, residual.data, weight.data, y.data, total.data);
   return dispatch(x.dtype, [&](auto x_type) {
@@ -352,6 +354,7 @@ cudaError_t rms_norm_bwd(Any dy, Any dtotal, Any x, Any weight, const float* rst
                          Any dbranch, Any dweight, float* partial, int64_t partials, int64_t rows,
                          int64_t dim, cudaStream_t stream) {
   const dim3 grid(blocks_for(rows, kRowsPerBlock)), sum_block(kWarp, kSumLanes);
+  const float inverse_dim = 1.0f / static_cast<float>(dim);
   const bool has_dtotal = dtotal.data != nullptr, has_dbranch = dbranch.data != nullptr;
   const auto sum_weight_terms = [&](cudaError_t error) {
     if (error != cudaSuccess) return error;
@@ -363,9 +366,11 @@ cudaError_t rms_norm_bwd(Any dy, Any dtotal, Any x, Any weight, const float* rst
     using X = typename decltype(x_type)::type;
     using Y = typename decltype(y_type)::type;
     const auto start = [&](auto kernel, auto w) {
-      return launch(stream, dim3(static_cast<unsigned>(partials)), kBlock, kernel, static_cast<Y*>(dy.data),
+      return launch(stream, dim3(static_cast<unsigned>(partials)), kBlock, kernel,
+                    static_cast<Y*>(dy.data),
                     static_cast<X*>(dtotal.data), static_cast<X*>(x.data), w, rstd,
-                    static_cast<X*>(dx.data), static_cast<Y*>(dbranch.data), partial, rows, dim);
+                    static_cast<X*>(dx.data), static_cast<Y*>(dbranch.data), partial, rows, dim,
+                    inverse_dim);
     };
     if (dim <= kWarp * kSmall && weight.dtype == Dtype::kFloat32)
       return start(rms_norm_bwd_in_registers<kSmall, X, Y, float*>,
@@ -378,12 +383,12 @@ cudaError_t rms_norm_bwd(Any dy, Any dtotal, Any x, Any weight, const float* rst
         stream, grid, kBlock, rms_norm_bwd_in_passes<kAccessWidth<X, Y>, X*, Y*, Any>,
         static_cast<Y*>(dy.data), static_cast<X*>(dtotal.data), has_dtotal,
         static_cast<X*>(x.data), weight, rstd, static_cast<X*>(dx.data),
-        static_cast<Y*>(dbranch.data), has_dbranch, rows, dim));
+        static_cast<Y*>(dbranch.data), has_dbranch, rows, dim, inverse_dim));
   };
   const auto general = [&] {
     return sum_weight_terms(launch(stream, grid, kBlock, rms_norm_bwd_in_passes<1, Any, Any, Any>,
-                                   dy, dtotal, has_dtotal, x, weight, rstd, dx, dbranch, has_dbranch,
-                                   rows, dim));
+                                   dy, dtotal, has_dtotal, x, weight, rstd, dx, dbranch,
+                                   has_dbranch, rows, dim, inverse_dim));
   };
   const bool is_aligned =
       aligned(dy.data, dtotal.data, x.data, weight.data, dx.data, dbranch.data);

@@ -22,8 +22,8 @@ __device__ __forceinline__ void load_by(const T* p, float (&out)[N]) {
   }
 }
 
-// Rotates N elements at once in accesses of A; x == y rotates in place. A position outside the table
-// gives NaN, for the host cannot look at it without waiting for the device.
+// Rotates N elements at once in accesses of A; x == y rotates in place. A position outside the
+// table gives NaN, for the host cannot look at it without waiting for the device.
 template <int N, int A, class T>
 __global__ void __launch_bounds__(kRotaryThreads)
     rotary_rows(const T* x, const float* cos, const float* sin, const void* positions,

@@ -7,9 +7,9 @@ namespace {
 
 constexpr int kSwigluThreads = 256;
 
-// With t = exp(-|v|): sigmoid(v) = (v < 0 ? t : 1) / (1 + t), where nothing overflows. float32 takes
-// the exact functions; for 16-bit types those of the special function unit are precise enough (about
-// 2^-17 at worst) and leave the kernel bound by memory instead of by instructions.
+// With t = exp(-|v|): sigmoid(v) = (v < 0 ? t : 1) / (1 + t), where nothing overflows. float32
+// takes the exact functions; for 16-bit types those of the special function unit are precise enough
+// (about 2^-17 at worst) and leave the kernel bound by memory instead of by instructions.
 template <class T>
 __device__ __forceinline__ float sigmoid(float v) {
   if constexpr (std::is_same_v<T, float>) {
@@ -71,7 +71,8 @@ dim3 block_for(int64_t accesses) {
   return dim3(x, kSwigluThreads / x);
 }
 
-// Calls f(Type<T>(), N): 16 bytes per access where every row of every array allows it, else one element.
+// Calls f(Type<T>(), N): 16 bytes per access where every row of every array allows it, else one
+// element.
 template <class F>
 cudaError_t choose_width(Dtype dtype, bool is_aligned, int64_t width, F&& f) {
   return dispatch(dtype, [&](auto type) {

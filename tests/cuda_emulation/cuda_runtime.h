@@ -1,7 +1,7 @@
 // Stands in for the CUDA toolkit's header when the kernels are compiled for the host: every CUDA
-// thread of a block is a fiber, the blocks run one after the other. It is slow, and strict: every access
-// must be aligned and lie inside a tensor that the op was given or made, every lane that a shuffle names
-// must take part, every thread must reach the same barrier.
+// thread of a block is a fiber, the blocks run one after the other. It is slow, and strict: every
+// access must be aligned and lie inside a tensor that the op was given or made, every lane that a
+// shuffle names must take part, every thread must reach the same barrier.
 #pragma once
 
 #include <setjmp.h>
@@ -93,8 +93,8 @@ inline bool descending = false;  // the order in which threads run between barri
 constexpr size_t kStackBytes = 64 << 10;
 constexpr int kLanes = 32;
 
-// setjmp and longjmp switch, for they make no system call; ucontext only starts a thread on its stack.
-// Threads outlive a block: the next one runs its body anew.
+// setjmp and longjmp switch, for they make no system call; ucontext only starts a thread on its
+// stack. Threads outlive a block: the next one runs its body anew.
 inline void wait(State state) {
   threads[current].state = state;
   if (_setjmp(threads[current].resume) == 0) _longjmp(scheduler, 1);

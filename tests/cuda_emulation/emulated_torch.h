@@ -20,7 +20,8 @@ inline AOTITorchError get_data_ptr(AtenTensorHandle tensor, void** data) {
   const AOTITorchError error = aoti_torch_get_data_ptr(tensor, data);
   for (int64_t i = 0; i < dims; ++i) last += (sizes[i] - 1) * strides[i];
   const uintptr_t begin = reinterpret_cast<uintptr_t>(*data);
-  if (numel > 0) tensors.push_back({begin, begin + (last + 1) * aoti_torch_dtype_element_size(dtype)});
+  const uintptr_t end = begin + (last + 1) * aoti_torch_dtype_element_size(dtype);
+  if (numel > 0) tensors.push_back({begin, end});
   return error;
 }
 
@@ -66,7 +67,8 @@ inline AOTITorchError current_stream(int32_t, void** stream) {
   if (const cudaError_t error = (call); error != cudaSuccess)                                  \
     throw std::runtime_error("CUDA error " + std::to_string(static_cast<int>(error)))
 
-// For the tests: forgets what earlier calls touched; `descending` turns the order of threads around.
+// For the tests: forgets what earlier calls touched; `descending` turns the order of threads
+// around.
 extern "C" __attribute__((visibility("default"))) void emulation_start(bool descending) {
   emulation::tensors.clear();
   emulation::wide_accesses = emulation::narrow_accesses = 0;
