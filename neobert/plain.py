@@ -6,7 +6,6 @@ even the names of its classes. Padded (batch, length, dim) throughout, one atten
 
 import json
 from pathlib import Path
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -87,10 +86,6 @@ class PlainNeoBERT(nn.Module):
         )
         self.decoder = nn.Linear(dim, vocab)
 
-    @property
-    def layers(self) -> nn.ModuleList:
-        return cast(nn.ModuleList, self.model["transformer_encoder"])
-
     @classmethod
     def load(cls, directory: Path | str, dtype: torch.dtype = torch.float32) -> "PlainNeoBERT":
         """From a directory with the released config.json and model.safetensors."""
@@ -119,6 +114,6 @@ class PlainNeoBERT(nn.Module):
         position = torch.arange(input_ids.shape[1], device=input_ids.device, dtype=wide)
         angles = position[:, None] * 10000.0 ** (-pairs / self.head_dim)
         x = self.model["encoder"](input_ids)
-        for layer in self.layers:
+        for layer in self.model["transformer_encoder"].children():
             x = layer(x, angles, mask)
         return self.model["layer_norm"](x)
