@@ -104,7 +104,7 @@ struct Product {
 
   void multiply_rows(int64_t begin, int64_t end, const float* memory, int64_t first, int64_t count,
                      Ahead weights) const {
-    alignas(64) float tile[kMaxGroup][kRows * kCols];
+    alignas(64) float tile[kMaxGroup][kRows * kCols] = {};
     alignas(64) float block[kRows * kBlockStride];
     constexpr int64_t kElements = kBlock * Lane::kPerLane;
     // Tiles of nearly equal height: a last one of a row or two would leave the units idle.
