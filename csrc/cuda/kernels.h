@@ -38,7 +38,7 @@ struct RotaryShape {
   int64_t tokens, max_position;
   // A row is one head, or q and k of a head side by side (heads_per_row = 2) in a packed
   // projection.
-  int64_t rows, head_dim, heads_per_row;
+  int rows, head_dim, heads_per_row;
   int64_t x_token_stride, x_row_stride, y_token_stride, y_row_stride;
 };
 

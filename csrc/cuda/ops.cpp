@@ -300,6 +300,12 @@ void rotate(const char* op, const Tensor& x, const Tensor& cos_, const Tensor& s
                                  is_int64, inverse, array(y, dtype), shape, device.stream()));
 }
 
+// Heads and head_dim are counted in int: a row of 2^30 elements is a mistake.
+int count(const char* op, int64_t size) {
+  STD_TORCH_CHECK(size < 1 << 30, op, ": heads and head_dim must be below 2^30, got ", size);
+  return static_cast<int>(size);
+}
+
 Tensor rotary_op(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& positions,
                  bool inverse) {
   STD_TORCH_CHECK(x.dim() == 3 && x.size(2) % 2 == 0 && (x.stride(2) == 1 || x.size(2) == 0),
@@ -309,8 +315,8 @@ Tensor rotary_op(const Tensor& x, const Tensor& cos, const Tensor& sin, const Te
   const Tensor y = empty_like(x, dtype_of("rotary", "x", x));
   RotaryShape shape{};
   shape.tokens = x.size(0);
-  shape.rows = x.size(1);
-  shape.head_dim = x.size(2);
+  shape.rows = count("rotary", x.size(1));
+  shape.head_dim = count("rotary", x.size(2));
   shape.heads_per_row = 1;
   shape.x_token_stride = x.stride(0);
   shape.x_row_stride = x.stride(1);
@@ -329,8 +335,8 @@ void rotary_qkv_op(Tensor qkv, const Tensor& cos, const Tensor& sin, const Tenso
                   shape_of(qkv));
   RotaryShape shape{};
   shape.tokens = qkv.size(0);
-  shape.rows = qkv.size(1);
-  shape.head_dim = qkv.size(3);
+  shape.rows = count("rotary_qkv_", qkv.size(1));
+  shape.head_dim = count("rotary_qkv_", qkv.size(3));
   shape.heads_per_row = 2;
   shape.x_token_stride = shape.y_token_stride = qkv.size(1) * 3 * qkv.size(3);
   shape.x_row_stride = shape.y_row_stride = 3 * qkv.size(3);
