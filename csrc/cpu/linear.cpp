@@ -8,6 +8,7 @@
 
 #include "gemm.h"
 #include "kernel.h"
+#include "sigmoid.h"
 
 namespace neobert {
 namespace {
@@ -122,7 +123,7 @@ struct Product {
 
   void multiply_rows(int64_t begin, int64_t end, const float* memory, int64_t first, int64_t count,
                      Ahead weights) const {
-    alignas(64) float tile[kMaxGroup][kRows * kCols];
+    alignas(64) float tile[kMaxGroup][kRows * kCols] = {};
     alignas(64) float block[kRows * kBlockStride];
     constexpr int64_t kElements = kBlock * Lane::kPerLane;
     // Tiles of nearly equal height: a last one of a row or two would leave the units idle.
@@ -231,11 +232,18 @@ Tensor linear_swiglu(const Tensor& x_, const Tensor& weight_) {
     X* const out = data<X>(y);
     run<X>(x, weight, {width, kWidth, width},
            [=](const float* tile, int64_t row, int64_t rows, int64_t column, int64_t columns) {
-             for (int64_t r = 0; r < rows; ++r) {
-               const Vec gate = load(tile + r * kCols), up = load(tile + r * kCols + kWidth);
-               const Vec v = gate / (set1(1.0f) + exp(zero() - gate)) * up;
-               X* const to = out + (row + r) * width + column;
-               columns < kWidth ? store(to, v, static_cast<int>(columns)) : store(to, v);
+             // Two rows at a time: the exponential is one long chain of dependent operations. An
+             // odd last row is paired with what an earlier tile left in the row after it.
+             for (int64_t r = 0; r < rows; r += 2) {
+               const float* const at = tile + r * kCols;
+               const Vec gate[2] = {load(at), load(at + kCols)};
+               Vec of[2], of_negated[2];
+               sigmoid(gate, of, of_negated);
+               for (int64_t u = 0; u < std::min<int64_t>(2, rows - r); ++u) {
+                 const Vec v = gate[u] * of[u] * load(at + u * kCols + kWidth);
+                 X* const to = out + (row + r + u) * width + column;
+                 columns < kWidth ? store(to, v, static_cast<int>(columns)) : store(to, v);
+               }
              }
            });
   });
