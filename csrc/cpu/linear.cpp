@@ -76,8 +76,8 @@ struct Product {
   // As few groups as the cache allows, then enough tasks for threads to end together: chunks where
   // there are tokens enough to pay for packing again, else smaller groups.
   void split(int64_t threads) {
-    const int64_t fit = panel_bytes() / static_cast<int64_t>(panel_floats * sizeof(float));
-    groups = ceil_div(panels, std::clamp<int64_t>(fit, 1, kMaxGroup));
+    const int64_t one_panel = std::max<int64_t>(1, panel_floats * sizeof(float));
+    groups = ceil_div(panels, std::clamp<int64_t>(panel_bytes() / one_panel, 1, kMaxGroup));
     chunks = std::clamp<int64_t>(tokens / kMinChunk, 1, ceil_div(8 * threads, groups));
     groups = std::max(groups, ceil_div(4 * threads, chunks));
     const int64_t multiple = threads / std::gcd(threads, chunks);
@@ -88,6 +88,7 @@ struct Product {
   int64_t first_token(int64_t chunk) const { return tokens * chunk / chunks; }
 
   void run() {
+    if (tokens == 0 || panels == 0) return;
     const int64_t threads = torch::stable::get_num_threads();
     split(threads);
     const int64_t tasks = groups * chunks;
