@@ -306,6 +306,6 @@ def test_an_odd_weight_has_no_halves():
     ],
 )
 def test_the_kernel_itself_refuses(arguments):
-    """Called below the checks of the public function, it still reads no memory that is not there."""
+    """Below the checks of the public function too, no memory is read that is not there."""
     with pytest.raises(RuntimeError, match="linear"):
         ops.linear(*arguments)
