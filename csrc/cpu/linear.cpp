@@ -145,8 +145,9 @@ struct Product {
           multiply_tile(block, lanes, memory + p * panel_floats + at / Lane::kPerLane * kCols,
                         at == 0, tile[p], ahead);
           if (p > 0) {
-            weights.at += ceil_div(lanes, 16) * weights.step;
-            weights.count -= ceil_div(lanes, 16);
+            const int64_t pieces = ceil_div(lanes, Ahead::kLanes);
+            weights.at += pieces * weights.step;
+            weights.count -= pieces;
           }
           ahead = weights;
         }
