@@ -4,48 +4,52 @@
 namespace neobert {
 namespace {
 
-// sigmoid(x) and sigmoid(-x), each to about 2 ulp over the whole range: formed from e^-|x|, which
-// does not overflow, so that neither is lost to a difference from 1 or to an infinity.
+// Both directions are formed from e = e^-|g|, which does not overflow, so that nothing is lost to a
+// difference from 1 or to an infinity: sigmoid(g) is 1/(1 + e) or e/(1 + e) by the sign of g. The
+// division is exact and costs nothing: its unit works beside those of the polynomial.
 template <int U>
-inline __attribute__((always_inline)) void sigmoid(const Vec (&x)[U], Vec (&of)[U],
-                                                   Vec (&of_negated)[U]) {
-  for (int u = 0; u < U; ++u) of[u] = with_minus_sign(x[u]);
-  exp(of);
-  for (int u = 0; u < U; ++u) {
-    const Vec large = reciprocal(of[u] + set1(1.0f)), small = of[u] * large;
-    of[u] = if_negative(x[u], small, large);
-    of_negated[u] = if_negative(x[u], large, small);
-  }
+inline __attribute__((always_inline)) void exp_minus_abs(const Vec (&g)[U], Vec (&e)[U]) {
+  for (int u = 0; u < U; ++u) e[u] = with_minus_sign(g[u]);
+  exp(e);
 }
 
+// Both prefetch the next row: a half of a row is about a page, and the hardware's own prefetching
+// starts over at every page.
 template <bool kStream, class T>
 void forward_row(const T* gate, const T* up, T* y, int64_t width) {
   for_groups<4>(width, [&](int64_t i, auto count, auto lanes) {
     constexpr int U = count.value;
-    Vec g[U], s[U], of_negated[U];
+    Vec g[U], e[U];
     for (int u = 0; u < U; ++u) g[u] = load(gate + i + u * kWidth, lanes);
-    sigmoid(g, s, of_negated);
+    prefetch<U>(gate + i + 2 * width);
+    prefetch<U>(up + i + 2 * width);
+    exp_minus_abs(g, e);
     for (int u = 0; u < U; ++u) {
       const int64_t at = i + u * kWidth;
-      store<kStream>(y + at, g[u] * s[u] * load(up + at, lanes), lanes);
+      const Vec numerator = g[u] * if_negative(g[u], e[u], set1(1.0f)) * load(up + at, lanes);
+      store<kStream>(y + at, numerator / (e[u] + set1(1.0f)), lanes);
     }
   });
 }
 
-// d silu(g) / dg = s + g s (1 - s), with s = sigmoid(g) and 1 - s = sigmoid(-g).
+// d silu(g) / dg = s + g s (1 - s), with s = sigmoid(g).
 template <bool kStream, class T>
 void backward_row(const T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t width) {
   for_groups<4>(width, [&](int64_t i, auto count, auto lanes) {
     constexpr int U = count.value;
-    Vec g[U], s[U], of_negated[U];
+    Vec g[U], e[U];
     for (int u = 0; u < U; ++u) g[u] = load(gate + i + u * kWidth, lanes);
-    sigmoid(g, s, of_negated);
+    prefetch<U>(dy + i + width);
+    prefetch<U>(gate + i + 2 * width);
+    prefetch<U>(up + i + 2 * width);
+    exp_minus_abs(g, e);
     for (int u = 0; u < U; ++u) {
       const int64_t at = i + u * kWidth;
-      const Vec d = load(dy + at, lanes), silu = g[u] * s[u];
+      const Vec large = set1(1.0f) / (e[u] + set1(1.0f)), small = e[u] * large;
+      const Vec s = if_negative(g[u], small, large), rest = if_negative(g[u], large, small);
+      const Vec d = load(dy + at, lanes), silu = g[u] * s;
       store<kStream>(dup + at, d * silu, lanes);
-      store<kStream>(dgate + at, d * load(up + at, lanes) * fmadd(silu, of_negated[u], s[u]),
-                     lanes);
+      store<kStream>(dgate + at, d * load(up + at, lanes) * fmadd(silu, rest, s), lanes);
     }
   });
 }
