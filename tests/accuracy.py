@@ -1,4 +1,4 @@
-"""The one rule for "correct": truth is float64, and we may err at most twice as far as plain PyTorch.
+"""The rule for "correct": truth is float64, and we may err at most twice as far as plain PyTorch.
 
 A tolerance in digits would have to be guessed for every op, dtype and shape, and a guess that is
 too loose hides a wrong kernel. Plain PyTorch is the yardstick instead.

@@ -28,7 +28,7 @@ def test_wrong_element_fails(dtype):
     """A small element beside an outlier is caught too, given the scale of each."""
     truth, plain, ours = example(dtype)
     ours[17, 4] *= 1.02
-    with pytest.raises(AssertionError, match="error .* at 565"):
+    with pytest.raises(AssertionError, match=r"error .* at 565"):
         assert_accurate(ours, plain, truth, scale=truth.abs())
 
 

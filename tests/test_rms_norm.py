@@ -1,11 +1,13 @@
 """RMSNorm, alone and after a residual add: values, gradients, invariances, errors."""
 
 import importlib
+import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accuracy import assert_accurate
+from isa import OLDER, run_on
 
 from neobert_kernels import add_rms_norm, rms_norm
 
@@ -48,10 +50,8 @@ def assert_all_accurate(ours, x, weight, dy, dtotal, what):
         assert_accurate(result, yardstick, truth, f"{name} of {what}", scale.flatten())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("outliers", [False, True])
-def test_accurate(dtype, outliers):
-    for shape in SHAPES:
+def check_accuracy():
+    for dtype, outliers, shape in itertools.product(DTYPES, (False, True), SHAPES):
         x, dy = torch.randn(2, *shape).to(dtype)
         if outliers:  # as in the released checkpoint's residual stream
             x = x * 1e-3
@@ -60,16 +60,13 @@ def test_accurate(dtype, outliers):
         x.requires_grad_(), weight.requires_grad_()
         y = rms_norm(x, weight, EPS)
         assert y.dtype == dtype and y.shape == x.shape
-        grads = torch.autograd.grad(y, [x, weight], dy)
-        ours = (y.detach(), *grads)
+        ours = (y.detach(), *torch.autograd.grad(y, [x, weight], dy))
         assert_all_accurate(ours, x, weight, dy, torch.zeros_like(x), f"{shape}, {dtype}")
 
 
-@pytest.mark.parametrize("residual_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_add_accurate(dtype, residual_dtype):
+def check_add_accuracy():
     """The sum is rounded once; y and the gradients are those of a norm of the rounded sum."""
-    for shape in SHAPES:
+    for dtype, residual_dtype, shape in itertools.product(DTYPES, DTYPES, SHAPES):
         x, dy = torch.randn(2, *shape).to(dtype)
         residual, dtotal = torch.randn(2, *shape).to(residual_dtype)
         residual[..., :: max(2, shape[-1] // 2)] *= 1330
@@ -78,17 +75,34 @@ def test_add_accurate(dtype, residual_dtype):
             t.requires_grad_()
         y, total = add_rms_norm(x, residual, weight, EPS)
         assert y.dtype == dtype and total.dtype == residual_dtype
-        dx, dresidual, dweight = torch.autograd.grad(
-            [y, total], [x, residual, weight], [dy, dtotal]
-        )
+        inputs = [x, residual, weight]
+        dx, dresidual, dweight = torch.autograd.grad([y, total], inputs, [dy, dtotal])
         assert dx.dtype == dtype and dresidual.dtype == residual_dtype
         exact = x.double() + residual.double()
         once = (x.float() + residual.float()).detach()
         what = f"{shape}, {dtype}, residual {residual_dtype}"
         assert_accurate(total.detach().flatten(), once.flatten(), exact.flatten(), what)
-        inputs = (total.detach(), weight, dy, dtotal)
         for d in (dx, dresidual):
-            assert_all_accurate((y.detach(), d, dweight), *inputs, what)
+            ours = (y.detach(), d, dweight)
+            assert_all_accurate(ours, total.detach(), weight, dy, dtotal, what)
+
+
+def check_both():
+    check_accuracy()
+    check_add_accuracy()
+
+
+def test_accurate():
+    check_accuracy()
+
+
+def test_add_accurate():
+    check_add_accuracy()
+
+
+@pytest.mark.parametrize("isa", OLDER)
+def test_accurate_on(isa):
+    run_on(isa, check_both)
 
 
 def test_mixed_weight_dtypes():
@@ -191,9 +205,7 @@ def test_references_in_float64(monkeypatch):
     weight = torch.randn(6, dtype=torch.float64, requires_grad=True)
     gradcheck = torch.autograd.gradcheck
     assert gradcheck(lambda x, w: module._RMSNorm.apply(x, w, EPS), (x, weight))
-    assert gradcheck(
-        lambda x, r, w: module._AddRMSNorm.apply(x, r, w, EPS), (x, residual, weight)
-    )
+    assert gradcheck(lambda x, r, w: module._AddRMSNorm.apply(x, r, w, EPS), (x, residual, weight))
 
 
 def test_reference_of_mixed_dtypes_agrees():

@@ -1,34 +1,23 @@
 // SwiGLU: silu(gate) * up over the two halves of a row, and its backward. Elements are independent.
 #include "kernel.h"
+#include "sigmoid.h"
 
 namespace neobert {
 namespace {
 
-// Both directions are formed from e = e^-|g|, which does not overflow, so that nothing is lost to a
-// difference from 1 or to an infinity: sigmoid(g) is 1/(1 + e) or e/(1 + e) by the sign of g. The
-// division is exact and costs nothing: its unit works beside those of the polynomial.
-template <int U>
-inline __attribute__((always_inline)) void exp_minus_abs(const Vec (&g)[U], Vec (&e)[U]) {
-  for (int u = 0; u < U; ++u) e[u] = with_minus_sign(g[u]);
-  exp(e);
-}
-
-// Both prefetch the next row: a half of a row is about a page, and the hardware's own prefetching
-// starts over at every page.
+// Both directions prefetch the next row: half a row is about a page, and the hardware's own
+// prefetching starts over at every page.
 template <bool kStream, class T>
 void forward_row(const T* gate, const T* up, T* y, int64_t width) {
   for_groups<4>(width, [&](int64_t i, auto count, auto lanes) {
     constexpr int U = count.value;
-    Vec g[U], e[U];
+    Vec g[U], v[U], y_of[U];
     for (int u = 0; u < U; ++u) g[u] = load(gate + i + u * kWidth, lanes);
+    for (int u = 0; u < U; ++u) v[u] = load(up + i + u * kWidth, lanes);
     prefetch<U>(gate + i + 2 * width);
     prefetch<U>(up + i + 2 * width);
-    exp_minus_abs(g, e);
-    for (int u = 0; u < U; ++u) {
-      const int64_t at = i + u * kWidth;
-      const Vec numerator = g[u] * if_negative(g[u], e[u], set1(1.0f)) * load(up + at, lanes);
-      store<kStream>(y + at, numerator / (e[u] + set1(1.0f)), lanes);
-    }
+    silu_times(g, v, y_of);
+    for (int u = 0; u < U; ++u) store<kStream>(y + i + u * kWidth, y_of[u], lanes);
   });
 }
 

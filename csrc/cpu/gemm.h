@@ -1,0 +1,199 @@
+// y = x @ weight.T in tiles of kRows x kCols elements held in registers.
+//
+// The weight is read in panels of kCols of its rows, transposed to [in_features][kCols] once and
+// then used for many rows of x. An output element is summed over k in one order whatever the tile
+// it falls in: one chain of fused multiply-adds for each kBlock of k, and the blocks' sums added in
+// order. So its bits depend on nothing but its own row of x and its own row of weight: not on the
+// batch, not on the threads. The blocks also keep the rounding error of long sums down.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <utility>
+
+#include "simd.h"
+
+namespace neobert::gemm {
+
+constexpr int kCols = 2 * kWidth;
+#if defined(__AVX512F__)
+constexpr int kRows = 14;  // 28 accumulators, 2 vectors of the panel, a broadcast: 31 of 32 registers
+#else
+constexpr int kRows = 6;  // 12 + 2 + 1 of 16
+#endif
+constexpr int64_t kBlock = 256;  // in lanes, see below
+
+// What one 32-bit lane holds: a float32, or where the CPU multiplies them, two bfloat16 that are
+// neighbours in k.
+struct Float32 {
+  static constexpr int kPerLane = 1;
+  template <class X>
+  static Vec load_lanes(const X* x) {
+    return load(x);
+  }
+  template <class X>
+  static Vec load_lanes(const X* x, int64_t elements) {
+    return load(x, static_cast<int>(elements));
+  }
+  static Vec multiply_add(Vec a, Vec b, Vec c) { return fmadd(a, b, c); }
+};
+
+#if defined(__AVX512BF16__)
+// Products and sums in float32; the instruction takes denormals for zero, in and out.
+struct BFloat16Pair {
+  static constexpr int kPerLane = 2;
+  static Vec load_lanes(const bf16* x) { return _mm512_castsi512_ps(_mm512_loadu_si512(x)); }
+  static Vec load_lanes(const bf16* x, int64_t elements) {
+    const auto mask = static_cast<__mmask32>((1u << elements) - 1u);
+    return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, x));
+  }
+  static Vec multiply_add(Vec a, Vec b, Vec c) {
+    return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
+  }
+};
+#endif
+
+template <class Lane>
+int64_t lanes_of(int64_t elements) {
+  return (elements + Lane::kPerLane - 1) / Lane::kPerLane;
+}
+
+// kWidth lanes from `at` of a row of `elements`, zeros past its end.
+template <class Lane, class X>
+Vec load_row(const X* row, int64_t at, int64_t elements) {
+  const int64_t left = elements - at;
+  return left >= kWidth * Lane::kPerLane ? Lane::load_lanes(row + at)
+                                         : Lane::load_lanes(row + at, left);
+}
+
+// Transposes a kWidth x kWidth block of lanes in registers.
+#if defined(__AVX512F__)
+inline void transpose(Vec (&v)[16]) {
+  Vec t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+  }
+  // Columns c, c+4, c+8, c+12 of rows 4g…4g+3 in the four 128-bit quarters of v[4g + c].
+  for (int i = 0; i < 16; i += 4)
+    for (int h = 0; h < 2; ++h) {
+      v[i + 2 * h] = _mm512_shuffle_ps(t[i + h], t[i + 2 + h], 0x44);
+      v[i + 2 * h + 1] = _mm512_shuffle_ps(t[i + h], t[i + 2 + h], 0xEE);
+    }
+  for (int c = 0; c < 4; ++c) {
+    const Vec a = _mm512_shuffle_f32x4(v[c], v[4 + c], 0x88);
+    const Vec b = _mm512_shuffle_f32x4(v[c], v[4 + c], 0xDD);
+    const Vec d = _mm512_shuffle_f32x4(v[8 + c], v[12 + c], 0x88);
+    const Vec e = _mm512_shuffle_f32x4(v[8 + c], v[12 + c], 0xDD);
+    t[c] = _mm512_shuffle_f32x4(a, d, 0x88);
+    t[4 + c] = _mm512_shuffle_f32x4(b, e, 0x88);
+    t[8 + c] = _mm512_shuffle_f32x4(a, d, 0xDD);
+    t[12 + c] = _mm512_shuffle_f32x4(b, e, 0xDD);
+  }
+  for (int i = 0; i < 16; ++i) v[i] = t[i];
+}
+#else
+inline void transpose(Vec (&v)[8]) {
+  Vec t[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int h = 0; h < 2; ++h) {
+      v[i + 2 * h] = _mm256_shuffle_ps(t[i + h], t[i + 2 + h], 0x44);
+      v[i + 2 * h + 1] = _mm256_shuffle_ps(t[i + h], t[i + 2 + h], 0xEE);
+    }
+  for (int c = 0; c < 4; ++c) {
+    t[c] = _mm256_permute2f128_ps(v[c], v[4 + c], 0x20);
+    t[4 + c] = _mm256_permute2f128_ps(v[c], v[4 + c], 0x31);
+  }
+  for (int i = 0; i < 8; ++i) v[i] = t[i];
+}
+#endif
+
+// Writes `rows` <= kWidth rows of weight as columns of a panel; the columns past them are zeros.
+template <class Lane, class X>
+void pack(const X* weight, int64_t stride, int64_t rows, int64_t elements, float* panel) {
+  for (int64_t at = 0; at < elements; at += kWidth * Lane::kPerLane) {
+    Vec v[kWidth];
+    for (int r = 0; r < kWidth; ++r)
+      v[r] = r < rows ? load_row<Lane>(weight + r * stride, at, elements) : zero();
+    transpose(v);
+    const int64_t lane = at / Lane::kPerLane;
+    const int64_t lanes = std::min<int64_t>(kWidth, lanes_of<Lane>(elements) - lane);
+    for (int64_t k = 0; k < lanes; ++k) store(panel + (lane + k) * kCols, v[k]);
+  }
+}
+
+// Copies kBlock lanes (fewer at the end) of `rows` rows of x next to one another, in the kernel's
+// element type. Rows of 2048 floats would lie on top of one another in the first-level cache.
+constexpr int64_t kBlockStride = kBlock + kWidth;
+
+template <class Lane, class X>
+void copy_block(const X* x, int64_t stride, int64_t rows, int64_t elements, float* block) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t at = 0; at < elements; at += kWidth * Lane::kPerLane)
+      store(block + r * kBlockStride + at / Lane::kPerLane,
+            load_row<Lane>(x + r * stride, at, elements));
+}
+
+// Memory to bring into the second-level cache while the arithmetic units are busy: `count` pieces
+// of kPiece bytes, `step` bytes apart.
+struct Ahead {
+  static constexpr int kPiece = 1024;
+  const char* at = nullptr;
+  int64_t step = 0;
+  int64_t count = 0;
+};
+
+// tile[r][c] (+)= sum over k of block[r][k] * panel[k][c]; sets it where `first`.
+template <class Lane, int kTileRows>
+void multiply_tile(const float* block, int64_t lanes, const float* panel, bool first, float* tile,
+                   Ahead ahead) {
+  constexpr int kStep = 16;         // lanes per piece of `ahead`
+  constexpr int kPanelAhead = 4;    // the hardware follows the panel too late by itself
+  Vec acc[kTileRows][2];
+#pragma GCC unroll 16
+  for (int r = 0; r < kTileRows; ++r) acc[r][0] = acc[r][1] = zero();
+  for (const float* const end = block + lanes; block < end;) {
+    if (ahead.count-- > 0) {
+      for (int i = 0; i < Ahead::kPiece; i += 64) _mm_prefetch(ahead.at + i, _MM_HINT_T1);
+      ahead.at += ahead.step;
+    }
+    for (const float* const stop = std::min(end, block + kStep); block < stop; ++block) {
+      _mm_prefetch(panel + kPanelAhead * kCols, _MM_HINT_T0);
+      if constexpr (kCols * sizeof(float) > 64)
+        _mm_prefetch(panel + kPanelAhead * kCols + kWidth, _MM_HINT_T0);
+      const Vec b0 = load(panel), b1 = load(panel + kWidth);
+      panel += kCols;
+#pragma GCC unroll 16
+      for (int r = 0; r < kTileRows; ++r) {
+        const Vec a = set1(block[r * kBlockStride]);
+        acc[r][0] = Lane::multiply_add(a, b0, acc[r][0]);
+        acc[r][1] = Lane::multiply_add(a, b1, acc[r][1]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      float* at = tile + r * kCols + h * kWidth;
+      store(at, first ? acc[r][h] : load(at) + acc[r][h]);
+    }
+}
+
+using TileFn = void (*)(const float*, int64_t, const float*, bool, float*, Ahead);
+
+template <class Lane, int... kRowsLess1>
+constexpr std::array<TileFn, kRows> tile_functions(std::integer_sequence<int, kRowsLess1...>) {
+  return {multiply_tile<Lane, kRowsLess1 + 1>...};
+}
+
+// multiply_tile for 1, 2, …, kRows rows.
+template <class Lane>
+constexpr std::array<TileFn, kRows> kTileFns =
+    tile_functions<Lane>(std::make_integer_sequence<int, kRows>());
+
+}  // namespace neobert::gemm
