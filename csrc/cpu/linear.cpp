@@ -239,12 +239,12 @@ Tensor linear_swiglu(const Tensor& x_, const Tensor& weight_) {
              for (int64_t r = 0; r < rows; r += 2) {
                const float* const at = tile + r * kCols;
                const Vec gate[2] = {load(at), load(at + kCols)};
-               Vec of[2], of_negated[2];
-               sigmoid(gate, of, of_negated);
+               const Vec up[2] = {load(at + kWidth), load(at + kCols + kWidth)};
+               Vec v[2];
+               silu_times(gate, up, v);
                for (int64_t u = 0; u < std::min<int64_t>(2, rows - r); ++u) {
-                 const Vec v = gate[u] * of[u] * load(at + u * kCols + kWidth);
                  X* const to = out + (row + r + u) * width + column;
-                 columns < kWidth ? store(to, v, static_cast<int>(columns)) : store(to, v);
+                 columns < kWidth ? store(to, v[u], static_cast<int>(columns)) : store(to, v[u]);
                }
              }
            });
