@@ -162,6 +162,10 @@ def _fake_grads(hidden, weight, bias, labels, ignore_index):
     return loss, torch.empty_like(hidden), torch.empty_like(weight), dbias
 
 
+def _fake_rows(logits, labels, scale=1.0):
+    return logits.new_empty(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
 _ARGUMENTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, int ignore_index"
 define(f"linear_cross_entropy({_ARGUMENTS}) -> Tensor loss", reference, _fake)
 define(
@@ -170,10 +174,15 @@ define(
     reference_grads,
     _fake_grads,
 )
-define("cross_entropy_rows(Tensor logits, Tensor labels) -> Tensor losses", reference_rows)
+define(
+    "cross_entropy_rows(Tensor logits, Tensor labels) -> Tensor losses",
+    reference_rows,
+    _fake_rows,
+)
 define(
     "cross_entropy_rows_grad_(Tensor(a!) logits, Tensor labels, float scale) -> Tensor losses",
     reference_rows_grad_,
+    _fake_rows,
 )
 if has_kernel("cross_entropy_rows", "CPU"):
     # The same composition: on the CPU its GEMMs are the library's and its rows the C++ kernel's.

@@ -59,7 +59,8 @@ def check_accuracy():
 def check_rows_accuracy():
     """The fused kernel alone, on given logits: rounded once, over a wide range of logits."""
     for dtype in DTYPES:
-        for rows, vocab in ((1, 1), (3, 7), (2, 16), (5, 129), (9, 30522)):
+        # Many rows of few logits: plain PyTorch's worst error is to be seen, not its luck.
+        for rows, vocab in ((1, 1), (150, 7), (70, 16), (15, 129), (3, 30522)):
             for spread in (0.1, 8.0, 100.0):
                 logits = (torch.randn(rows, vocab) * spread - 3 * spread).to(dtype)
                 labels = torch.randint(0, vocab, (rows,))
