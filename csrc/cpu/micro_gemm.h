@@ -60,8 +60,8 @@ inline Vec exp2(Vec x) {
 }
 
 // A Dot is the arithmetic of one step: 4 bytes of A against a vector of 4-byte elements of B, that
-// is kDepth consecutive values along the summed axis. Sums are made of chains of kChain steps: at 32,
-// float32 rounding stays below that of one long chain for a cost too small to measure; bfloat16
+// is kDepth consecutive values along the summed axis. Sums are made of chains of kChain steps: with
+// 32 in place of one long chain float32 rounds less, at a cost too small to measure; bfloat16
 // operands are rounded far more coarsely than any chain.
 struct Float32Dot {
   using Value = float;
