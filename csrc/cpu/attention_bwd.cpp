@@ -1,7 +1,7 @@
 // Attention over packed sequences, backward. The probabilities are recomputed from the log-sum-exp
 // (Dao et al. 2022, algorithm 4). One piece of work is a range of keys of one sequence and head
-// against all its queries, block by block. It owns dk and dv of its keys, and a float32 dq: all of it
-// where the range is the whole sequence, otherwise one of a few partial sums that are added up
+// against all its queries, block by block. It owns dk and dv of its keys, and a float32 dq: all of
+// it where the range is the whole sequence, otherwise one of a few partial sums that are added up
 // afterwards in order. No atomics: the bits depend on the sequence alone.
 #include "varlen.h"
 
