@@ -22,12 +22,20 @@ DTYPES = ("float32", "bfloat16")
 
 def encoder_table(results: dict) -> list[str]:
     """Live tokens per second of every method, and how many times slower than ours it is."""
-    columns = [
-        (f"{WORKLOADS[workload]}, {dtype}", results[name])
-        for dtype in DTYPES
-        for workload in WORKLOADS
-        if (name := f"bench_encoder.py::test_encoder[{workload}-{dtype}]") in results
-    ]
+    columns = []
+    for dtype in DTYPES:
+        # The compiled model took turns with ours in a test of its own: its ratio carries over.
+        compiled = results.get(f"bench_encoder.py::test_encoder_compiled[{dtype}]")
+        for workload in WORKLOADS:
+            name = f"bench_encoder.py::test_encoder[{workload}-{dtype}]"
+            if name not in results:
+                continue
+            figures = results[name]
+            if compiled and workload == "lognormal":
+                ratio = compiled["times_ours"]["compiled_sorted"]
+                figures["times_ours"]["compiled_sorted"] = ratio
+                figures["live tok/s"]["compiled_sorted"] = figures["live tok/s"]["ours"] / ratio
+            columns.append((f"{WORKLOADS[workload]}, {dtype}", figures))
     lines = [
         "| live tokens per second | " + " | ".join(title for title, _ in columns) + " |",
         "|---|" + "---|" * len(columns),
