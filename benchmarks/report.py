@@ -91,8 +91,8 @@ def render(path: Path) -> str:
     document = json.loads(path.read_text())
     machine, results = document["machine"], document["results"]
     lines = [
-        f"On {machine['cores']} cores of an {machine['cpu']} ({machine['cpu_kernels']} kernels, torch"
-        f" {machine['torch']}), from `{path.relative_to(ROOT)}`:",
+        f"On {machine['cores']} cores of an {machine['cpu']} ({machine['cpu_kernels']} kernels,"
+        f" torch {machine['torch']}), from `{path.relative_to(ROOT)}`:",
         "",
     ]
     if any("bench_encoder" in name for name in results):
