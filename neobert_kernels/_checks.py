@@ -34,10 +34,11 @@ def check_same_dtype(op: str, **tensors: Tensor) -> None:
 
 
 def check_shape(op: str, name: str, tensor: Tensor, expected: tuple, because: str) -> None:
-    """Raises ValueError unless `tensor` has the expected shape."""
-    if tuple(tensor.shape) != expected:
+    """Raises ValueError unless `tensor` has the expected shape (a tuple or torch.Size)."""
+    if tensor.shape != expected:
         raise ValueError(
-            f"{op}: {name} must have shape {expected} to match {because}, got {tuple(tensor.shape)}"
+            f"{op}: {name} must have shape {tuple(expected)} to match {because},"
+            f" got {tuple(tensor.shape)}"
         )
 
 
@@ -49,6 +50,21 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor) -> None:
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(
             f"{op}: cu_seqlens must have shape (sequences + 1,), got {tuple(cu_seqlens.shape)}"
+        )
+
+
+def check_cu_seqlens_values(op: str, cu_seqlens: Tensor, tokens: int) -> None:
+    """Raises ValueError unless the offsets begin with 0, never fall and end within the tokens.
+
+    For references, and for tensors on the CPU only: elsewhere it would make the host wait.
+    """
+    if cu_seqlens.device.type != "cpu":
+        return
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0 or offsets[-1] > tokens or offsets != sorted(offsets):
+        raise ValueError(
+            f"{op}: cu_seqlens must begin with 0, never fall and end at or before the {tokens}"
+            f" tokens, got {offsets}"
         )
 
 

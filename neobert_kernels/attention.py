@@ -46,7 +46,9 @@ def varlen_attention(
 
     Raises:
         TypeError: a dtype that is not served.
-        ValueError: shapes or devices that do not fit; on the CPU also offsets that do not.
+        ValueError: shapes or devices that do not fit.
+        RuntimeError: on the CPU, offsets that do not fit the tokens or max_seqlen. A GPU does not
+            look at them: that would make the host wait.
     """
     check_dtype("varlen_attention", q=q, k=k, v=v)
     check_same_dtype("varlen_attention", q=q, k=k, v=v)
@@ -62,7 +64,7 @@ def varlen_attention(
             f" q {q.stride()}, k {k.stride()}, v {v.stride()}"
         )
     scale = _check_common("varlen_attention", cu_seqlens, max_seqlen, scale, q.shape[-1])
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _VarlenAttention.apply(q, k, v, cu_seqlens, max_seqlen, scale)
     return ops.varlen_attention(q, k, v, cu_seqlens, max_seqlen, scale)[0]
 
@@ -101,6 +103,8 @@ def _check_common(
     check_cu_seqlens(op, cu_seqlens)
     if isinstance(max_seqlen, Tensor):
         raise TypeError(f"{op}: max_seqlen must be a Python int, got a tensor")
+    if head_dim < 1:
+        raise ValueError(f"{op}: head_dim must be at least 1, got {head_dim}")
     return head_dim**-0.5 if scale is None else scale
 
 

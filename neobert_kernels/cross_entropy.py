@@ -3,9 +3,10 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ._checks import at_least_float32, check_dtype, check_same_device, check_same_dtype
-from ._library import define, ops
+from ._checks import at_least_float32, check_dtype, check_same_device, check_same_dtype, check_shape
+from ._library import define, has_kernel, impl, ops
 
 # Rows whose logits are in memory at one time: 512 x 30,522 float32 are 63 MB.
 CHUNK = 512
@@ -55,19 +56,13 @@ def linear_cross_entropy(
     if bias is not None:
         check_same_dtype(op, weight=weight, bias=bias)
         check_same_device(op, weight=weight, bias=bias)
-        if tuple(bias.shape) != (weight.shape[0],):
-            raise ValueError(
-                f"{op}: bias must have shape ({weight.shape[0]},) to match weight"
-                f" {tuple(weight.shape)}, got {tuple(bias.shape)}"
-            )
+        check_shape(op, "bias", bias, weight.shape[:1], f"weight {tuple(weight.shape)}")
     if labels.dtype != torch.int64:
         raise TypeError(f"{op}: labels must be int64, got {labels.dtype}")
-    if tuple(labels.shape) != (hidden.shape[0],):
-        raise ValueError(
-            f"{op}: labels must have shape ({hidden.shape[0]},) to match hidden"
-            f" {tuple(hidden.shape)}, got {tuple(labels.shape)}"
-        )
-    if torch.is_grad_enabled():
+    check_shape(op, "labels", labels, hidden.shape[:1], f"hidden {tuple(hidden.shape)}")
+    if torch.is_grad_enabled() and (
+        hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
         return _LinearCrossEntropy.apply(hidden, weight, bias, labels, ignore_index)
     return ops.linear_cross_entropy(hidden, weight, bias, labels, ignore_index)
 
@@ -75,8 +70,6 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, ignore_index):
-        if not any(ctx.needs_input_grad):
-            return ops.linear_cross_entropy(hidden, weight, bias, labels, ignore_index)
         loss, dhidden, dweight, dbias = ops.linear_cross_entropy_grads(
             hidden, weight, bias, labels, ignore_index
         )
@@ -85,6 +78,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss):
         dhidden, dweight, dbias = ctx.saved_tensors
         return (
@@ -98,51 +92,64 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _labelled_rows(labels: Tensor, vocab: int, ignore_index: int) -> Tensor:
     rows = (labels != ignore_index).nonzero().squeeze(-1)
-    kept = labels[rows]
-    if kept.numel() and not (0 <= int(kept.min()) and int(kept.max()) < vocab):
-        raise IndexError(
-            f"linear_cross_entropy: labels must lie in [0, {vocab}) or be {ignore_index},"
-            f" got values from {int(kept.min())} to {int(kept.max())}"
-        )
+    if rows.numel():
+        least, most = (int(value) for value in labels[rows].aminmax())
+        if least < 0 or most >= vocab:
+            raise IndexError(
+                f"linear_cross_entropy: labels must lie in [0, {vocab}) or be {ignore_index},"
+                f" got values from {least} to {most}"
+            )
     return rows
 
 
 def reference(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int
 ) -> Tensor:
-    total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-    total = total.to(hidden.device)
     rows = _labelled_rows(labels, weight.shape[0], ignore_index)
-    for chunk in rows.split(CHUNK):
-        logits = at_least_float32(F.linear(hidden[chunk], weight, bias))
-        total += F.cross_entropy(logits, labels[chunk], reduction="sum")
-    return total / rows.numel()
+    losses = [
+        ops.cross_entropy_rows(F.linear(hidden[chunk], weight, bias), labels[chunk])
+        for chunk in rows.split(CHUNK)
+    ]
+    return torch.cat(losses).mean()
 
 
 def reference_grads(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, dhidden, dweight and dbias (empty without a bias); sums over rows in float32."""
+    """Loss, dhidden, dweight and dbias (empty without a bias); sums over chunks in float32."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    total = torch.zeros((), dtype=wide, device=hidden.device)
-    dhidden = torch.zeros_like(hidden)
+    rows = _labelled_rows(labels, weight.shape[0], ignore_index)
+    losses, dhidden = [], torch.zeros_like(hidden)
     dweight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
     dbias = torch.zeros(0 if bias is None else bias.shape[0], dtype=wide, device=weight.device)
-    rows = _labelled_rows(labels, weight.shape[0], ignore_index)
     for chunk in rows.split(CHUNK):
-        x, target = hidden[chunk], labels[chunk]
-        log_probs = F.log_softmax(at_least_float32(F.linear(x, weight, bias)), -1)
-        total += F.nll_loss(log_probs, target, reduction="sum")
-        dlogits = log_probs.exp_()
-        dlogits[torch.arange(len(chunk), device=chunk.device), target] -= 1
-        dlogits /= rows.numel()
+        x, dlogits = hidden[chunk], F.linear(hidden[chunk], weight, bias)
+        losses.append(ops.cross_entropy_rows_grad_(dlogits, labels[chunk], 1 / max(1, len(rows))))
         if bias is not None:
-            dbias += dlogits.sum(0)
-        dlogits = dlogits.to(hidden.dtype)
+            dbias += dlogits.sum(0, dtype=wide)
         dhidden[chunk] = dlogits @ weight
-        dweight += dlogits.t() @ x
+        if wide == x.dtype:
+            dweight.addmm_(dlogits.t(), x)
+        else:
+            dweight += dlogits.t() @ x
     dbias = dbias if bias is None else dbias.to(bias.dtype)
-    return total / rows.numel(), dhidden, dweight.to(weight.dtype), dbias
+    return torch.cat(losses).mean(), dhidden, dweight.to(weight.dtype), dbias
+
+
+def reference_rows(logits: Tensor, labels: Tensor) -> Tensor:
+    """(rows,) the cross entropy of each row of logits (rows, vocab) with its label."""
+    return F.cross_entropy(at_least_float32(logits), labels, reduction="none")
+
+
+def reference_rows_grad_(logits: Tensor, labels: Tensor, scale: float) -> Tensor:
+    """As `reference_rows`, and logits become scale times the gradient of their row's loss."""
+    log_probs = F.log_softmax(at_least_float32(logits), -1)
+    row = torch.arange(logits.shape[0], device=logits.device)
+    losses = -log_probs[row, labels]
+    dlogits = log_probs.exp()
+    dlogits[row, labels] -= 1
+    logits.copy_(dlogits * scale)
+    return losses
 
 
 def _fake(hidden, weight, bias, labels, ignore_index):
@@ -163,3 +170,12 @@ define(
     reference_grads,
     _fake_grads,
 )
+define("cross_entropy_rows(Tensor logits, Tensor labels) -> Tensor losses", reference_rows)
+define(
+    "cross_entropy_rows_grad_(Tensor(a!) logits, Tensor labels, float scale) -> Tensor losses",
+    reference_rows_grad_,
+)
+if has_kernel("cross_entropy_rows", "CPU"):
+    # The same composition: on the CPU its GEMMs are the library's and its rows the C++ kernel's.
+    impl("linear_cross_entropy", "CPU")(reference)
+    impl("linear_cross_entropy_grads", "CPU")(reference_grads)

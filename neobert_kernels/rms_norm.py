@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ._checks import at_least_float32, check_dtype, check_same_device, check_shape
 from ._library import define, ops
@@ -23,7 +24,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
         ValueError: shapes or devices that do not fit.
     """
     _check("rms_norm", x, weight)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _RMSNorm.apply(x, weight, eps)
     return ops.rms_norm(x, weight, eps)[0]
 
@@ -53,8 +54,10 @@ def add_rms_norm(
     _check("add_rms_norm", x, weight)
     check_dtype("add_rms_norm", residual=residual)
     check_same_device("add_rms_norm", x=x, residual=residual)
-    check_shape("add_rms_norm", "residual", residual, tuple(x.shape), f"x {tuple(x.shape)}")
-    if torch.is_grad_enabled():
+    check_shape("add_rms_norm", "residual", residual, x.shape, "x")
+    if torch.is_grad_enabled() and (
+        x.requires_grad or residual.requires_grad or weight.requires_grad
+    ):
         return _AddRMSNorm.apply(x, residual, weight, eps)
     return ops.add_rms_norm(x, residual, weight, eps)[:2]
 
@@ -64,7 +67,7 @@ def _check(op: str, x: Tensor, weight: Tensor) -> None:
     check_same_device(op, x=x, weight=weight)
     if x.dim() == 0:
         raise ValueError(f"{op}: x must have shape (..., dim), got a scalar")
-    check_shape(op, "weight", weight, tuple(x.shape[-1:]), f"the last axis of x {tuple(x.shape)}")
+    check_shape(op, "weight", weight, x.shape[-1:], f"the last axis of x {tuple(x.shape)}")
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -75,6 +78,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, weight, rstd = ctx.saved_tensors
         dx, dweight = ops.rms_norm_bwd(dy, None, x, weight, rstd)
@@ -86,14 +90,21 @@ class _AddRMSNorm(torch.autograd.Function):
     def forward(ctx, x, residual, weight, eps):
         y, total, rstd = ops.add_rms_norm(x, residual, weight, eps)
         ctx.save_for_backward(total, weight, rstd)
+        ctx.set_materialize_grads(False)
         ctx.x_dtype = x.dtype
         return y, total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, dtotal):
         total, weight, rstd = ctx.saved_tensors
-        dresidual, dweight = ops.rms_norm_bwd(dy, dtotal, total, weight, rstd)
-        return dresidual.to(ctx.x_dtype), dresidual, dweight, None
+        if dy is None:
+            return None if dtotal is None else dtotal.to(ctx.x_dtype), dtotal, None, None
+        if ctx.x_dtype == total.dtype:
+            dx, dweight = ops.rms_norm_bwd(dy, dtotal, total, weight, rstd)
+            return dx, dx, dweight, None
+        dx, dresidual, dweight = ops.add_rms_norm_bwd(dy, dtotal, total, weight, rstd)
+        return dx, dresidual, dweight, None
 
 
 def reference(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -123,6 +134,16 @@ def reference_bwd(
     return dx.to(x.dtype), dweight.to(weight.dtype)
 
 
+def reference_add_bwd(
+    dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference_bwd`; the gradient of the sum also in dy.dtype, for the branch added to it."""
+    wide = torch.promote_types(total.dtype, torch.float32)
+    dtotal = None if dtotal is None else dtotal.to(wide)
+    dsum, dweight = reference_bwd(dy, dtotal, total.to(wide), weight, rstd)
+    return dsum.to(dy.dtype), dsum.to(total.dtype), dweight
+
+
 define("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)", reference)
 define(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps)"
@@ -133,4 +154,9 @@ define(
     "rms_norm_bwd(Tensor dy, Tensor? dtotal, Tensor x, Tensor weight, Tensor rstd)"
     " -> (Tensor dx, Tensor dweight)",
     reference_bwd,
+)
+define(
+    "add_rms_norm_bwd(Tensor dy, Tensor? dtotal, Tensor total, Tensor weight, Tensor rstd)"
+    " -> (Tensor dx, Tensor dresidual, Tensor dweight)",
+    reference_add_bwd,
 )

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ._checks import at_least_float32, check_dtype, check_same_device
 from ._library import define, ops
@@ -30,7 +31,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tens
         raise ValueError(
             f"apply_rotary: x must have shape (tokens, heads, head_dim), got {tuple(x.shape)}"
         )
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and x.requires_grad:
         return _Rotary.apply(x, cos, sin, positions)
     return ops.rotary(x, cos, sin, positions, False)
 
@@ -93,9 +94,11 @@ class _Rotary(torch.autograd.Function):
         return ops.rotary(x, cos, sin, positions, False)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         # The inverse of a rotation is the rotation by the negated angle, and so is its transpose.
-        return ops.rotary(dy.contiguous(), *ctx.saved_tensors, True), None, None, None
+        dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+        return ops.rotary(dy, *ctx.saved_tensors, True), None, None, None
 
 
 class _RotaryQKV(torch.autograd.Function):
@@ -107,6 +110,7 @@ class _RotaryQKV(torch.autograd.Function):
         return qkv
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dqkv):
         # Not in place: the gradient may be somebody else's too.
         dqkv = dqkv.clone(memory_format=torch.contiguous_format)
@@ -115,6 +119,7 @@ class _RotaryQKV(torch.autograd.Function):
 
 
 def reference(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, inverse: bool) -> Tensor:
+    _check_positions("apply_rotary", positions, cos.shape[0])
     cos, sin = cos[positions].unsqueeze(-2), sin[positions].unsqueeze(-2)
     sin = -sin if inverse else sin
     even, odd = at_least_float32(x).unflatten(-1, (-1, 2)).unbind(-1)
@@ -123,16 +128,37 @@ def reference(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, inverse: b
 
 
 def reference_qkv_(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, inverse: bool) -> None:
-    tokens, heads, _, head_dim = qkv.shape
-    qk = qkv[:, :, :2].reshape(tokens, 2 * heads, head_dim)
-    qk = reference(qk, cos, sin, positions, inverse)
-    qkv[:, :, :2] = qk.view(tokens, heads, 2, head_dim)
+    _check_positions("apply_rotary_qkv_", positions, cos.shape[0])
+    q, k = (reference(qkv[:, :, i], cos, sin, positions, inverse) for i in (0, 1))
+    qkv[:, :, 0], qkv[:, :, 1] = q, k
+
+
+def _check_positions(op: str, positions: Tensor, max_position: int) -> None:
+    if positions.device.type != "cpu" or positions.numel() == 0:
+        return
+    least, most = positions.aminmax()
+    if least < 0 or most >= max_position:
+        raise IndexError(
+            f"{op}: positions must lie in [0, {max_position}), the rows of cos and sin, got"
+            f" values from {int(least)} to {int(most)}"
+        )
+
+
+def _fake(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, inverse: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _fake_qkv_(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, inverse: bool) -> None:
+    return None
 
 
 define(
-    "rotary(Tensor x, Tensor cos, Tensor sin, Tensor positions, bool inverse) -> Tensor", reference
+    "rotary(Tensor x, Tensor cos, Tensor sin, Tensor positions, bool inverse) -> Tensor",
+    reference,
+    _fake,
 )
 define(
     "rotary_qkv_(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor positions, bool inverse) -> ()",
     reference_qkv_,
+    _fake_qkv_,
 )

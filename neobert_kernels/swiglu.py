@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ._checks import at_least_float32, check_dtype
 from ._library import define, ops
@@ -25,7 +26,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
         raise ValueError(
             f"swiglu: gate_up must have shape (..., 2 * width), got {tuple(gate_up.shape)}"
         )
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and gate_up.requires_grad:
         return _SwiGLU.apply(gate_up)
     return ops.swiglu(gate_up)
 
@@ -37,6 +38,7 @@ class _SwiGLU(torch.autograd.Function):
         return ops.swiglu(gate_up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         return ops.swiglu_bwd(dy, *ctx.saved_tensors)
 

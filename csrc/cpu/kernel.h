@@ -3,6 +3,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
+#include <sstream>
+#include <stdexcept>
 #include <tuple>
 #include <vector>
 
@@ -52,17 +55,73 @@ inline Tensor as_float(const Tensor& t) {
   return as_contiguous(t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
 }
 
+inline Tensor as_dtype(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
+
+inline std::vector<int64_t> sizes_of(const Tensor& t) { return t.sizes().vec(); }
+
+inline bool same_shape(const Tensor& a, const Tensor& b) { return a.sizes().equals(b.sizes()); }
+
 inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return torch::stable::empty({sizes.begin(), sizes.size()}, dtype);
 }
 
-inline void require(bool ok, const char* op, const char* what) {
-  STD_TORCH_CHECK(ok, op, ": ", what);
+// Python sees ValueError, TypeError's nearest relative in the C++ standard library, or IndexError.
+template <class Error = std::invalid_argument, class... Parts>
+void require(bool ok, const char* op, const Parts&... parts) {
+  if (ok) [[likely]] return;
+  std::ostringstream message;
+  message << op << ": ";
+  (message << ... << parts);
+  throw Error(message.str());
 }
 
-// Rows per task: small enough to balance, large enough (about 64 KiB) to pay for the hand-over.
-inline int64_t row_grain(int64_t row_bytes) {
-  return std::max<int64_t>(1, (64 << 10) / std::max<int64_t>(1, row_bytes));
+// Offsets as packed batches carry them: int32, from 0, never falling, not beyond the tokens.
+inline void check_cu_seqlens(const char* op, const Tensor& cu_seqlens, int64_t tokens) {
+  require(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.dim() == 1 &&
+              cu_seqlens.size(0) >= 1 && cu_seqlens.is_contiguous(),
+          op, "cu_seqlens must be contiguous int32 with shape (sequences + 1,)");
+  const int32_t* offsets = data<int32_t>(cu_seqlens);
+  const int64_t sequences = cu_seqlens.size(0) - 1;
+  require(offsets[0] == 0, op, "cu_seqlens must begin with 0, got ", offsets[0]);
+  for (int64_t i = 0; i < sequences; ++i)
+    require(offsets[i] <= offsets[i + 1], op, "cu_seqlens must never fall, got ", offsets[i],
+            " and then ", offsets[i + 1], " at ", i + 1);
+  require(offsets[sequences] <= tokens, op, "cu_seqlens must end at or before the ", tokens,
+          " tokens, got ", offsets[sequences]);
+}
+
+inline int64_t stream_threshold() {
+  const char* e = std::getenv("NB_STREAM");
+  return e ? std::atoll(e) : (16 << 20);
+}
+
+// Calls f(begin, end) on ranges of [0, tasks). Waking a second thread costs about 5 us, in which one
+// core moves 200 KB through its caches: less than twice that in all is not worth a second thread.
+template <class F>
+void parallel(int64_t tasks, int64_t bytes_per_task, F&& f) {
+  const int64_t grain = std::max<int64_t>(1, (512 << 10) / std::max<int64_t>(1, bytes_per_task));
+  torch::stable::parallel_for(0, tasks, grain, f);
+}
+
+// Whether to write these outputs of (rows, dim) past the caches. An ordinary store first reads the
+// line that it overwrites, a third of all traffic in a copy; a streaming store does not, but its
+// reader finds nothing in the cache. So it is for outputs that no cache would hold until they are
+// read. Whole vectors only: every row must begin at a multiple of 64 bytes.
+template <class... T>
+bool worth_streaming(int64_t rows, int64_t dim, const T*... outputs) {
+  const int64_t bytes = (0 + ... + (rows * dim * static_cast<int64_t>(sizeof(T))));
+  auto aligned = [&](auto* p) {
+    return reinterpret_cast<uintptr_t>(p) % 64 == 0 && dim * sizeof(*p) % 64 == 0;
+  };
+  return bytes >= stream_threshold() && (aligned(outputs) && ...);
+}
+
+// f(std::true_type) or f(std::false_type): a run-time choice as a template argument.
+template <class F>
+void choose(bool yes, F&& f) {
+  yes ? f(std::true_type{}) : f(std::false_type{});
 }
 
 }  // namespace neobert

@@ -5,110 +5,112 @@
 namespace neobert {
 namespace {
 
-// Reads x (+ residual), writes the sum if there is one, returns the sum of squares. The statistics
-// are those of the rounded sum: what a later reader of it would compute.
-template <class X, class R>
-float sum_of_squares(const X* x, const R* residual, R* total, int64_t dim) {
-  Vec acc[4] = {zero(), zero(), zero(), zero()};
-  int64_t i = 0;
-  auto step = [&](int64_t at, Vec& a) {
-    Vec v = load(x + at);
-    if (residual != nullptr) {
-      v = rounded_to(static_cast<R*>(nullptr), v + load(residual + at));
-      store(total + at, v);
-    }
-    a = fmadd(v, v, a);
-  };
-  for (; i + 4 * kWidth <= dim; i += 4 * kWidth)
-    for (int u = 0; u < 4; ++u) step(i + u * kWidth, acc[u]);
-  for (; i + kWidth <= dim; i += kWidth) step(i, acc[0]);
-  if (const int n = static_cast<int>(dim - i); n > 0) {
-    Vec v = load(x + i, n);
-    if (residual != nullptr) {
-      v = rounded_to(static_cast<R*>(nullptr), v + load(residual + i, n));
-      store(total + i, v, n);
-    }
-    acc[0] = fmadd(v, v, acc[0]);
-  }
-  return hsum((acc[0] + acc[1]) + (acc[2] + acc[3]));
-}
-
-template <class S, class Y>
-void scale_row(const S* source, const float* weight, float rstd, Y* y, int64_t dim) {
+// The row is read twice, the second time from the first-level cache.
+template <bool kStream, class S, class Y>
+void scale_row(const S* row, const float* weight, float rstd, Y* y, int64_t dim) {
   const Vec r = set1(rstd);
-  int64_t i = 0;
-  for (; i + kWidth <= dim; i += kWidth) store(y + i, load(source + i) * r * load(weight + i));
-  if (const int n = static_cast<int>(dim - i); n > 0)
-    store(y + i, load(source + i, n) * r * load(weight + i, n), n);
-}
-
-template <class X, class R>
-void forward(const X* x, const R* residual, const float* weight, float eps, X* y, R* total,
-             float* rstd, int64_t rows, int64_t dim) {
-  torch::stable::parallel_for(0, rows, row_grain(3 * dim * sizeof(X)), [&](int64_t b, int64_t e) {
-    for (int64_t row = b; row < e; ++row) {
-      const int64_t at = row * dim;
-      const R* r = residual == nullptr ? nullptr : residual + at;
-      R* t = residual == nullptr ? nullptr : total + at;
-      const float squares = sum_of_squares(x + at, r, t, dim);
-      rstd[row] = 1.0f / std::sqrt(squares / static_cast<float>(dim) + eps);
-      if (residual == nullptr) {
-        scale_row(x + at, weight, rstd[row], y + at, dim);
-      } else {
-        scale_row(t, weight, rstd[row], y + at, dim);
-      }
-    }
+  for_vectors<4>(dim, [&](int64_t i, int, auto lanes) {
+    store<kStream>(y + i, load(row + i, lanes) * r * load(weight + i, lanes), lanes);
   });
 }
 
-// One row of dx, and its term of dweight added to `dweight`.
-template <class X, class Y>
+float rstd_of(const Vec (&squares)[4], int64_t dim, float eps) {
+  const float sum = hsum((squares[0] + squares[1]) + (squares[2] + squares[3]));
+  return 1.0f / std::sqrt(sum / static_cast<float>(dim) + eps);
+}
+
+template <class T>
+void norm(const T* x, const float* weight, float eps, T* y, float* rstd, int64_t rows,
+          int64_t dim) {
+  choose(worth_streaming(rows, dim, y), [&](auto stream) {
+    parallel(rows, 2 * dim * sizeof(T), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const T* input = x + row * dim;
+        Vec squares[4] = {zero(), zero(), zero(), zero()};
+        for_vectors<4>(dim, [&](int64_t i, int u, auto lanes) {
+          const Vec v = load(input + i, lanes);
+          squares[u] = fmadd(v, v, squares[u]);
+        });
+        rstd[row] = rstd_of(squares, dim, eps);
+        scale_row<stream.value>(input, weight, rstd[row], y + row * dim, dim);
+      }
+      _mm_sfence();
+    });
+  });
+}
+
+// The norm is that of the rounded sum: what a later reader of the sum would compute. A sum that
+// goes past the caches is kept in `kept` until its row is done.
+template <class X, class R>
+void add_norm(const X* x, const R* residual, const float* weight, float eps, X* y, R* total,
+              float* rstd, int64_t rows, int64_t dim) {
+  choose(worth_streaming(rows, dim, y, total), [&](auto stream) {
+    parallel(rows, 2 * dim * (sizeof(X) + sizeof(R)), [&](int64_t begin, int64_t end) {
+      std::vector<R> kept(stream.value ? dim : 0);
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t at = row * dim;
+        R* sum = stream.value ? kept.data() : total + at;
+        Vec squares[4] = {zero(), zero(), zero(), zero()};
+        for_vectors<4>(dim, [&](int64_t i, int u, auto lanes) {
+          const Vec added = load(residual + at + i, lanes) + load(x + at + i, lanes);
+          const Vec v = store_rounded(sum + i, added, lanes);
+          squares[u] = fmadd(v, v, squares[u]);
+        });
+        rstd[row] = rstd_of(squares, dim, eps);
+        if constexpr (stream.value) stream_copy(total + at, sum, dim * sizeof(R));
+        scale_row<stream.value>(sum, weight, rstd[row], y + at, dim);
+      }
+      _mm_sfence();
+    });
+  });
+}
+
+// With x_hat = x * rstd and g = dy * weight: dx = rstd * (g - x_hat * mean(g * x_hat)) + dtotal.
+// The row's term of dweight is added to `dweight`; dx goes out in one or in two dtypes.
+template <bool kStream, class X, class Y>
 void backward_row(const Y* dy, const X* dtotal, const X* x, const float* weight, float rstd, X* dx,
-                  float* dweight, int64_t dim) {
-  Vec acc[2] = {zero(), zero()};
-  int64_t i = 0;
+                  Y* dbranch, float* dweight, int64_t dim) {
   const Vec r = set1(rstd);
-  auto step = [&](int64_t at, Vec& a) {
-    const Vec x_hat = load(x + at) * r, g = load(dy + at);
-    a = fmadd(g * load(weight + at), x_hat, a);
-    store(dweight + at, fmadd(g, x_hat, load(dweight + at)));
-  };
-  for (; i + 2 * kWidth <= dim; i += 2 * kWidth) {
-    step(i, acc[0]);
-    step(i + kWidth, acc[1]);
-  }
-  for (; i + kWidth <= dim; i += kWidth) step(i, acc[0]);
-  if (const int n = static_cast<int>(dim - i); n > 0) {
-    const Vec x_hat = load(x + i, n) * r, g = load(dy + i, n);
-    acc[0] = fmadd(g * load(weight + i, n), x_hat, acc[0]);
-    store(dweight + i, fmadd(g, x_hat, load(dweight + i, n)), n);
-  }
-  const Vec mean = set1(hsum(acc[0] + acc[1]) / static_cast<float>(dim));
-  for (i = 0; i < dim; i += kWidth) {
-    const int n = static_cast<int>(std::min<int64_t>(kWidth, dim - i));
-    const bool whole = n == kWidth;
-    auto at = [&](auto* p) { return whole ? load(p + i) : load(p + i, n); };
-    Vec d = fnmadd(at(x) * r, mean, at(dy) * at(weight)) * r;
-    if (dtotal != nullptr) d = d + at(dtotal);
-    whole ? store(dx + i, d) : store(dx + i, d, n);
-  }
+  Vec products[4] = {zero(), zero(), zero(), zero()};
+  for_vectors<4>(dim, [&](int64_t i, int u, auto lanes) {
+    const Vec x_hat = load(x + i, lanes) * r, g = load(dy + i, lanes);
+    products[u] = fmadd(g * load(weight + i, lanes), x_hat, products[u]);
+    store(dweight + i, fmadd(g, x_hat, load(dweight + i, lanes)), lanes);
+  });
+  const float sum = hsum((products[0] + products[1]) + (products[2] + products[3]));
+  const Vec mean = set1(sum / static_cast<float>(dim));
+  for_vectors<4>(dim, [&](int64_t i, int, auto lanes) {
+    const Vec g = load(dy + i, lanes) * load(weight + i, lanes);
+    Vec d = fnmadd(load(x + i, lanes) * r, mean, g) * r;
+    if (dtotal != nullptr) d = d + load(dtotal + i, lanes);
+    store<kStream>(dx + i, d, lanes);
+    if (dbranch != nullptr) store<kStream>(dbranch + i, d, lanes);
+  });
 }
 
 template <class X, class Y>
 void backward(const Y* dy, const X* dtotal, const X* x, const float* weight, const float* rstd,
-              X* dx, float* dweight, int64_t rows, int64_t dim) {
+              X* dx, Y* dbranch, float* dweight, int64_t rows, int64_t dim) {
   // dweight is summed over fixed blocks of rows, then over blocks in order: the same bits for any
   // number of threads.
-  const int64_t blocks = std::clamp<int64_t>(rows / 32, 1, 64);
+  const int64_t blocks = std::clamp<int64_t>(rows / 64, 1, 64);
   const int64_t per_block = (rows + blocks - 1) / blocks;
+  const int64_t row_bytes = dim * (sizeof(Y) + 2 * sizeof(X) + (dtotal ? sizeof(X) : 0));
   std::vector<float> partial(blocks * dim, 0.0f);
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t b, int64_t e) {
-    for (int64_t block = b; block < e; ++block)
-      for (int64_t row = block * per_block; row < std::min(rows, (block + 1) * per_block); ++row) {
-        const int64_t at = row * dim;
-        backward_row(dy + at, dtotal == nullptr ? nullptr : dtotal + at, x + at, weight, rstd[row],
-                     dx + at, partial.data() + block * dim, dim);
+  const bool streams = worth_streaming(rows, dim, dx) && (!dbranch || worth_streaming(rows, dim, dbranch));
+  choose(streams, [&](auto stream) {
+    parallel(blocks, per_block * row_bytes, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t last = std::min(rows, (block + 1) * per_block);
+        for (int64_t row = block * per_block; row < last; ++row) {
+          const int64_t at = row * dim;
+          backward_row<stream.value>(dy + at, dtotal ? dtotal + at : nullptr, x + at, weight,
+                                     rstd[row], dx + at, dbranch ? dbranch + at : nullptr,
+                                     partial.data() + block * dim, dim);
+        }
       }
+      _mm_sfence();
+    });
   });
   std::fill_n(dweight, dim, 0.0f);
   for (int64_t block = 0; block < blocks; ++block)
@@ -116,7 +118,7 @@ void backward(const Y* dy, const X* dtotal, const X* x, const float* weight, con
 }
 
 void check(const char* op, const Tensor& x, const Tensor& weight) {
-  require(x.dim() > 0 && weight.dim() == 1 && weight.size(0) == x.size(x.dim() - 1), op,
+  require(x.dim() > 0 && weight.dim() == 1 && weight.size(0) == x.size(-1), op,
           "weight must have one element per column of x");
 }
 
@@ -131,8 +133,8 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x_, const Tensor& weight_, dou
   Tensor y = torch::stable::empty(x.sizes(), x.scalar_type()), rstd = empty_rstd(x);
   dispatch("rms_norm", "x", x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    forward<T, T>(data<T>(x), nullptr, data<float>(weight), static_cast<float>(eps), data<T>(y),
-                  nullptr, data<float>(rstd), rstd.numel(), weight.size(0));
+    norm(data<T>(x), data<float>(weight), static_cast<float>(eps), data<T>(y), data<float>(rstd),
+         rstd.numel(), weight.size(0));
   });
   return {y, rstd};
 }
@@ -140,8 +142,7 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x_, const Tensor& weight_, dou
 std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x_, const Tensor& residual_,
                                                 const Tensor& weight_, double eps) {
   check("add_rms_norm", x_, weight_);
-  require(x_.sizes().vec() == residual_.sizes().vec(), "add_rms_norm",
-          "x and residual must have one shape");
+  require(same_shape(x_, residual_), "add_rms_norm", "x and residual must have one shape");
   const Tensor x = as_contiguous(x_), residual = as_contiguous(residual_), weight = as_float(weight_);
   Tensor y = torch::stable::empty(x.sizes(), x.scalar_type());
   Tensor total = torch::stable::empty(x.sizes(), residual.scalar_type()), rstd = empty_rstd(x);
@@ -149,39 +150,58 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x_, const Tensor& 
     dispatch("add_rms_norm", "residual", residual, [&](auto* residual_type) {
       using X = std::remove_pointer_t<decltype(x_type)>;
       using R = std::remove_pointer_t<decltype(residual_type)>;
-      forward<X, R>(data<X>(x), data<R>(residual), data<float>(weight), static_cast<float>(eps),
-                    data<X>(y), data<R>(total), data<float>(rstd), rstd.numel(), weight.size(0));
+      add_norm(data<X>(x), data<R>(residual), data<float>(weight), static_cast<float>(eps),
+               data<X>(y), data<R>(total), data<float>(rstd), rstd.numel(), weight.size(0));
     });
   });
   return {y, total, rstd};
 }
 
-std::tuple<Tensor, Tensor> rms_norm_bwd(const Tensor& dy_, const std::optional<Tensor>& dtotal_,
-                                        const Tensor& x_, const Tensor& weight_,
-                                        const Tensor& rstd_) {
-  check("rms_norm_bwd", x_, weight_);
-  require(dy_.sizes().vec() == x_.sizes().vec(), "rms_norm_bwd", "dy and x must have one shape");
+// dx, dweight, and where asked for dx a second time, in dy's dtype.
+void backward_into(const char* op, const Tensor& dy_, const std::optional<Tensor>& dtotal_,
+                   const Tensor& x_, const Tensor& weight_, const Tensor& rstd_, Tensor& dx,
+                   Tensor* dbranch, Tensor& dweight) {
+  check(op, x_, weight_);
+  require(same_shape(dy_, x_), op, "dy and x must have one shape");
   const Tensor dy = as_contiguous(dy_), x = as_contiguous(x_), weight = as_float(weight_);
   const Tensor rstd = as_contiguous(rstd_);
   std::optional<Tensor> dtotal;
   if (dtotal_.has_value()) {
-    require(dtotal_->sizes().vec() == x_.sizes().vec() &&
-                dtotal_->scalar_type() == x_.scalar_type(),
-            "rms_norm_bwd", "dtotal and x must have one shape and dtype");
+    require(same_shape(*dtotal_, x_) && dtotal_->scalar_type() == x_.scalar_type(), op,
+            "dtotal and x must have one shape and dtype");
     dtotal = as_contiguous(*dtotal_);
   }
-  Tensor dx = torch::stable::empty(x.sizes(), x.scalar_type());
-  Tensor dweight = empty_cpu({weight.size(0)}, ScalarType::Float);
-  dispatch("rms_norm_bwd", "x", x, [&](auto* x_type) {
-    dispatch("rms_norm_bwd", "dy", dy, [&](auto* y_type) {
+  dx = torch::stable::empty(x.sizes(), x.scalar_type());
+  if (dbranch != nullptr) *dbranch = torch::stable::empty(x.sizes(), dy.scalar_type());
+  Tensor sum = empty_cpu({weight.size(0)}, ScalarType::Float);
+  dispatch(op, "x", x, [&](auto* x_type) {
+    dispatch(op, "dy", dy, [&](auto* y_type) {
       using X = std::remove_pointer_t<decltype(x_type)>;
       using Y = std::remove_pointer_t<decltype(y_type)>;
       backward<X, Y>(data<Y>(dy), dtotal ? data<X>(*dtotal) : nullptr, data<X>(x),
-                     data<float>(weight), data<float>(rstd), data<X>(dx), data<float>(dweight),
-                     rstd.numel(), weight.size(0));
+                     data<float>(weight), data<float>(rstd), data<X>(dx),
+                     dbranch ? data<Y>(*dbranch) : nullptr, data<float>(sum), rstd.numel(),
+                     weight.size(0));
     });
   });
-  return {dx, torch::stable::to(dweight, weight_.scalar_type())};
+  dweight = as_dtype(sum, weight_.scalar_type());
+}
+
+std::tuple<Tensor, Tensor> rms_norm_bwd(const Tensor& dy, const std::optional<Tensor>& dtotal,
+                                        const Tensor& x, const Tensor& weight,
+                                        const Tensor& rstd) {
+  Tensor dx, dweight;
+  backward_into("rms_norm_bwd", dy, dtotal, x, weight, rstd, dx, nullptr, dweight);
+  return {dx, dweight};
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm_bwd(const Tensor& dy,
+                                                    const std::optional<Tensor>& dtotal,
+                                                    const Tensor& total, const Tensor& weight,
+                                                    const Tensor& rstd) {
+  Tensor dx, dresidual, dweight;
+  backward_into("add_rms_norm_bwd", dy, dtotal, total, weight, rstd, dresidual, &dx, dweight);
+  return {dx, dresidual, dweight};
 }
 
 }  // namespace
@@ -190,6 +210,7 @@ STABLE_TORCH_LIBRARY_IMPL(neobert, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
   m.impl("rms_norm_bwd", TORCH_BOX(&rms_norm_bwd));
+  m.impl("add_rms_norm_bwd", TORCH_BOX(&add_rms_norm_bwd));
 }
 
 }  // namespace neobert

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -38,10 +39,25 @@ inline Vec vmax(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 inline Vec vmin(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 inline float hsum(Vec a) { return _mm512_reduce_add_ps(a); }
 inline float hmax(Vec a) { return _mm512_reduce_max_ps(a); }
+inline Vec with_minus_sign(Vec a) { return _mm512_or_ps(a, set1(-0.0f)); }  // -|a|
+inline Vec if_negative(Vec test, Vec yes, Vec no) {  // by the sign bit, lane by lane
+  return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(test)), no, yes);
+}
+// 1/x to about 1 ulp for normal x whose reciprocal is normal: an estimate of 14 bits and one step
+// of Newton's method, a third of the time of a division.
+inline Vec reciprocal(Vec x) {
+  const Vec estimate = _mm512_rcp14_ps(x);
+  return fmadd(estimate, fnmadd(x, estimate, set1(1.0f)), estimate);
+}
 // (x0, x1, x2, x3, …) -> (x1, x0, x3, x2, …), (x0, x0, x2, x2, …) and (x1, x1, x3, x3, …).
 inline Vec swap_pairs(Vec a) { return _mm512_permute_ps(a, 0xB1); }
 inline Vec dup_even(Vec a) { return _mm512_moveldup_ps(a); }
 inline Vec dup_odd(Vec a) { return _mm512_movehdup_ps(a); }
+// (p0, p0, p1, p1, …) from half as many floats.
+inline Vec load_twice(const float* p) {
+  const __m512i index = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+  return _mm512_permutexvar_ps(index, _mm512_castps256_ps512(_mm256_loadu_ps(p)));
+}
 // a*b - c in even lanes, a*b + c in odd lanes: a complex product in one instruction.
 inline Vec fmaddsub(Vec a, Vec b, Vec c) { return _mm512_fmaddsub_ps(a, b, c); }
 inline Vec fmsubadd(Vec a, Vec b, Vec c) { return _mm512_fmsubadd_ps(a, b, c); }
@@ -50,12 +66,19 @@ inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline Vec load(const float* p, int n) { return _mm512_maskz_loadu_ps(mask_of(n), p); }
 inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 inline void store(float* p, Vec v, int n) { _mm512_mask_storeu_ps(p, mask_of(n), v); }
+inline void stream(float* p, Vec v) { _mm512_stream_ps(p, v); }
 
 inline Vec from_bf16(__m256i h) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
 }
-// Round to nearest even in integers: vcvtneps2bf16 would flush denormals to zero. NaN stays NaN.
+// Round to nearest even, NaN stays NaN.
 inline __m256i to_bf16(Vec v) {
+#if defined(__AVX512BF16__)
+  // The instruction is a fifth of the work but takes denormal numbers for zero: there are few.
+  constexpr int kDenormal = 0x20;
+  if (_mm512_fpclass_ps_mask(v, kDenormal) == 0) [[likely]]
+    return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
+#endif
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
@@ -69,6 +92,7 @@ inline __m256i load16(const void* p) {
 inline __m256i load16(const void* p, int n) { return _mm256_maskz_loadu_epi16(mask_of(n), p); }
 inline void store16(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 inline void store16(void* p, __m256i v, int n) { _mm256_mask_storeu_epi16(p, mask_of(n), v); }
+inline void stream16(void* p, __m256i v) { _mm256_stream_si256(static_cast<__m256i*>(p), v); }
 inline Vec from_fp16(__m256i h) { return _mm512_cvtph_ps(h); }
 inline __m256i to_fp16(Vec v) {
   return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -76,6 +100,8 @@ inline __m256i to_fp16(Vec v) {
 
 // x * 2^n for integral n, right also where the result is denormal or overflows.
 inline Vec scale_by_pow2(Vec x, Vec n) { return _mm512_scalef_ps(x, n); }
+// v in the first n lanes, `fill` in the others.
+inline Vec fill_after(Vec v, int n, Vec fill) { return _mm512_mask_blend_ps(mask_of(n), fill, v); }
 inline Vec round_nearest(Vec x) {
   return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -105,9 +131,16 @@ inline float hmax(Vec a) {
   s = _mm_max_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
+inline Vec with_minus_sign(Vec a) { return _mm256_or_ps(a, set1(-0.0f)); }
+inline Vec if_negative(Vec test, Vec yes, Vec no) { return _mm256_blendv_ps(no, yes, test); }
+inline Vec reciprocal(Vec x) { return set1(1.0f) / x; }  // the 12-bit estimate would need two steps
 inline Vec swap_pairs(Vec a) { return _mm256_permute_ps(a, 0xB1); }
 inline Vec dup_even(Vec a) { return _mm256_moveldup_ps(a); }
 inline Vec dup_odd(Vec a) { return _mm256_movehdup_ps(a); }
+inline Vec load_twice(const float* p) {
+  const __m256i index = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
+  return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), index);
+}
 inline Vec fmaddsub(Vec a, Vec b, Vec c) { return _mm256_fmaddsub_ps(a, b, c); }
 inline Vec fmsubadd(Vec a, Vec b, Vec c) { return _mm256_fmsubadd_ps(a, b, c); }
 
@@ -115,6 +148,7 @@ inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline Vec load(const float* p, int n) { return _mm256_maskload_ps(p, mask_of(n)); }
 inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
 inline void store(float* p, Vec v, int n) { _mm256_maskstore_ps(p, mask_of(n), v); }
+inline void stream(float* p, Vec v) { _mm256_stream_ps(p, v); }
 
 inline Vec from_bf16(__m128i h) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
@@ -141,6 +175,7 @@ inline void store16(void* p, __m128i v, int n) {
   _mm_store_si128(reinterpret_cast<__m128i*>(buffer), v);
   std::memcpy(p, buffer, static_cast<size_t>(n) * sizeof(uint16_t));
 }
+inline void stream16(void* p, __m128i v) { _mm_stream_si128(static_cast<__m128i*>(p), v); }
 inline Vec from_fp16(__m128i h) { return _mm256_cvtph_ps(h); }
 inline __m128i to_fp16(Vec v) {
   return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -154,6 +189,9 @@ inline Vec scale_by_pow2(Vec x, Vec n) {
   const __m256i exponent = _mm256_cvtps_epi32(n);
   const __m256i half = _mm256_srai_epi32(exponent, 1);
   return x * pow2_of(half) * pow2_of(_mm256_sub_epi32(exponent, half));
+}
+inline Vec fill_after(Vec v, int n, Vec fill) {
+  return _mm256_blendv_ps(fill, v, _mm256_castsi256_ps(mask_of(n)));
 }
 inline Vec round_nearest(Vec x) {
   return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -170,28 +208,116 @@ inline Vec load(const fp16* p, int n) { return from_fp16(load16(p, n)); }
 inline void store(fp16* p, Vec v) { store16(p, to_fp16(v)); }
 inline void store(fp16* p, Vec v, int n) { store16(p, to_fp16(v), n); }
 
-// The value that `store` would leave in memory, as float32.
-inline Vec rounded_to(float*, Vec v) { return v; }
-inline Vec rounded_to(bf16*, Vec v) { return from_bf16(to_bf16(v)); }
-inline Vec rounded_to(fp16*, Vec v) { return from_fp16(to_fp16(v)); }
+// Stores that go past the caches. The address must be a multiple of the vector's size in memory,
+// and the task that streams must end with `_mm_sfence()`.
+inline void stream(bf16* p, Vec v) { stream16(p, to_bf16(v)); }
+inline void stream(fp16* p, Vec v) { stream16(p, to_fp16(v)); }
 
-// e^x to about 1 ulp over the whole range: x = n ln2 + r, |r| <= ln2/2, a degree-6 polynomial in r
-// (Taylor coefficients adjusted by a minimax fit), then 2^n. ln2 is split so that n*ln2 is exact.
-// Beyond the clamp float32 results are 0 or infinity; NaN passes through (operand order of vmin
-// and vmax: the second operand is returned for NaN).
+// The lanes of a vector that lie within a row: all of them, or at its end the first n.
+struct Whole {};
+struct Part {
+  int n;
+};
+template <class Bits>
+inline void store16(void* p, Bits bits, Whole) { store16(p, bits); }
+template <class Bits>
+inline void store16(void* p, Bits bits, Part lanes) { store16(p, bits, lanes.n); }
+template <class T>
+inline Vec load(const T* p, Whole) { return load(p); }
+template <class T>
+inline Vec load(const T* p, Part lanes) { return load(p, lanes.n); }
+inline Vec fill_after(Vec v, Whole, Vec) { return v; }
+inline Vec fill_after(Vec v, Part lanes, Vec fill) { return fill_after(v, lanes.n, fill); }
+template <bool kStream = false, class T>
+inline void store(T* p, Vec v, Whole) {
+  if constexpr (kStream) {
+    stream(p, v);
+  } else {
+    store(p, v);
+  }
+}
+template <bool kStream = false, class T>
+inline void store(T* p, Vec v, Part lanes) { store(p, v, lanes.n); }
+
+// Calls f(i, u, lanes) for each vector of a row of n elements: i is its first element, and u counts
+// 0 … U-1 over and over, so that sums kept in U accumulators do not wait for one another.
+template <int U = 1, class F>
+inline __attribute__((always_inline)) void for_vectors(int64_t n, F&& f) {
+  int64_t i = 0;
+  for (; i + U * kWidth <= n; i += U * kWidth) {
+#pragma GCC unroll 8
+    for (int u = 0; u < U; ++u) f(i + u * kWidth, u, Whole{});
+  }
+  for (; i + kWidth <= n; i += kWidth) f(i, 0, Whole{});
+  if (i < n) f(i, 0, Part{static_cast<int>(n - i)});
+}
+
+// The same in groups of U vectors: f(i, U, Whole), and at the end of the row f(i, 1, lanes). The
+// count is an integral_constant.
+template <int U, class F>
+inline __attribute__((always_inline)) void for_groups(int64_t n, F&& f) {
+  int64_t i = 0;
+  for (; i + U * kWidth <= n; i += U * kWidth) f(i, std::integral_constant<int, U>{}, Whole{});
+  for_vectors(n - i, [&](int64_t at, int, auto lanes) {
+    f(i + at, std::integral_constant<int, 1>{}, lanes);
+  });
+}
+
+// Stores v and returns what a reader of it will see.
+template <class Lanes>
+inline Vec store_rounded(float* p, Vec v, Lanes lanes) {
+  store(p, v, lanes);
+  return v;
+}
+template <class Lanes>
+inline Vec store_rounded(bf16* p, Vec v, Lanes lanes) {
+  const auto bits = to_bf16(v);
+  store16(p, bits, lanes);
+  return from_bf16(bits);
+}
+template <class Lanes>
+inline Vec store_rounded(fp16* p, Vec v, Lanes lanes) {
+  const auto bits = to_fp16(v);
+  store16(p, bits, lanes);
+  return from_fp16(bits);
+}
+
+// memcpy past the caches, of a multiple of 64 bytes to a multiple of 64.
+inline void stream_copy(void* to, const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 32) {
+    const char* source = static_cast<const char*>(from) + i;
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(static_cast<char*>(to) + i), v);
+  }
+}
+
+// e^x within 1 ulp over the whole range: x = n ln2 + r, |r| <= ln2/2, then 2^n e^r, where e^r is
+// 1 + r + r^2 times a polynomial, the minimax one of its degree for the relative error (2^-28).
+// ln2 is split so that n * ln2 is exact. Beyond the clamp float32 results are 0 or infinity; NaN
+// passes through (of two operands vmin and vmax return the second when one is NaN).
+//
+// In place on U vectors, step by step: each step waits for the one before, and other vectors are
+// the only work with which to fill the wait.
+template <int U>
+inline __attribute__((always_inline)) void exp(Vec (&x)[U]) {
+  Vec n[U], p[U];
+  for (int u = 0; u < U; ++u) x[u] = vmin(set1(89.0f), vmax(set1(-104.0f), x[u]));
+  for (int u = 0; u < U; ++u) n[u] = round_nearest(x[u] * set1(1.44269504088896341f));
+  for (int u = 0; u < U; ++u) x[u] = fnmadd(n[u], set1(0.693145751953125f), x[u]);
+  for (int u = 0; u < U; ++u) x[u] = fnmadd(n[u], set1(1.42860682030941723e-6f), x[u]);
+  for (int u = 0; u < U; ++u) p[u] = fmadd(set1(1.3814599e-3f), x[u], set1(8.3687169e-3f));
+  for (int u = 0; u < U; ++u) p[u] = fmadd(p[u], x[u], set1(4.1668388e-2f));
+  for (int u = 0; u < U; ++u) p[u] = fmadd(p[u], x[u], set1(1.6666521e-1f));
+  for (int u = 0; u < U; ++u) p[u] = fmadd(p[u], x[u], set1(4.9999994e-1f));
+  for (int u = 0; u < U; ++u) p[u] = fmadd(p[u], x[u], set1(1.0f));
+  for (int u = 0; u < U; ++u) p[u] = fmadd(p[u], x[u], set1(1.0f));
+  for (int u = 0; u < U; ++u) x[u] = scale_by_pow2(p[u], n[u]);
+}
+
 inline Vec exp(Vec x) {
-  x = vmin(set1(89.0f), vmax(set1(-104.0f), x));
-  const Vec n = round_nearest(x * set1(1.44269504088896341f));
-  Vec r = fnmadd(n, set1(0.693145751953125f), x);
-  r = fnmadd(n, set1(1.42860682030941723e-6f), r);
-  Vec p = set1(1.9875691500e-4f);
-  p = fmadd(p, r, set1(1.3981999507e-3f));
-  p = fmadd(p, r, set1(8.3334519073e-3f));
-  p = fmadd(p, r, set1(4.1665795894e-2f));
-  p = fmadd(p, r, set1(1.6666665459e-1f));
-  p = fmadd(p, r, set1(5.0000001201e-1f));
-  p = fmadd(p, r * r, r);
-  return scale_by_pow2(p + set1(1.0f), n);
+  Vec one[1] = {x};
+  exp(one);
+  return one[0];
 }
 
 }  // namespace neobert

@@ -1,0 +1,114 @@
+"""How a figure is taken, and where it goes: benchmarks/results/<machine>.json.
+
+Every figure is the best of its rounds. On a shared machine an interruption only ever makes a round
+slower, and the copy that a kernel is held against is measured the same way in the same session.
+"""
+
+import ctypes
+import datetime
+import json
+import math
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from neobert_kernels import _compiled
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def best_seconds(fn: Callable[[], object], budget: float = 0.3) -> float:
+    """The fastest of as many calls as fit into `budget` seconds, at least 5, after two warm-ups."""
+    fn(), fn()
+    best, deadline, calls = math.inf, time.perf_counter() + budget, 0
+    while calls < 5 or time.perf_counter() < deadline:
+        start = time.perf_counter()
+        fn()
+        best, calls = min(best, time.perf_counter() - start), calls + 1
+    return best
+
+
+def copy_bytes_per_second(moved_bytes: int) -> float:
+    """Bandwidth of torch's copy_ that reads half of `moved_bytes` and writes the other half.
+
+    Of the same size as the op it is compared with, since a size that fits a cache is copied at the
+    speed of the cache.
+    """
+    source = torch.ones(max(1, moved_bytes // 8))
+    target = torch.empty_like(source)
+    return 8 * source.numel() / best_seconds(lambda: target.copy_(source))
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc keep freed blocks of up to 1 GiB instead of returning them to the system.
+
+    By default every tensor above 32 MiB is mapped when it is made and unmapped when it is dropped,
+    and a call would mostly measure page faults (a clone of 67 MB ran at 3 GB/s for a copy's 40),
+    in plain PyTorch as in ours.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        libc.mallopt(m_mmap_threshold, 2**30)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def machine() -> dict:
+    """What the figures depend on beside the code."""
+    description = {
+        "cpu": _cpu_model(),
+        "cores": torch.get_num_threads(),
+        "cpu_kernels": _compiled.LOADED,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if torch.cuda.is_available():
+        description["gpu"] = torch.cuda.get_device_name()
+        description["cuda"] = torch.version.cuda
+    return description
+
+
+def results_file() -> Path:
+    """benchmarks/results/<machine>.json, the machine named by its GPU or else by its CPU."""
+    here = machine()
+    name = here.get("gpu") or f"{here['cpu']} {here['cores']} cores {here['cpu_kernels'] or ''}"
+    return RESULTS / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
+
+
+def write_results(figures: dict[str, dict]) -> Path:
+    """Puts `figures` (benchmark name -> figures) into this machine's file, over older ones.
+
+    Each carries the commit and the day it was taken, so a file may hold the runs of several days.
+    """
+    path = results_file()
+    earlier = json.loads(path.read_text())["results"] if path.exists() else {}
+    stamp = {"commit": _commit(), "date": datetime.date.today().isoformat()}
+    results = earlier | {name: figure | stamp for name, figure in figures.items()}
+    path.parent.mkdir(exist_ok=True)
+    document = {"machine": machine(), "results": dict(sorted(results.items()))}
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    return path
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return found.group(1) if found else platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """The checked-out commit, with a mark if the code in the tree differs from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(RESULTS.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!results")
+    return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")

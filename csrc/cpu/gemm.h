@@ -1,0 +1,192 @@
+// y = x @ weight.T in tiles of kRows x kCols elements held in registers.
+//
+// The weight is read in panels of kCols of its rows, transposed to [in_features][kCols] once and
+// then used for many rows of x. An output element is summed over k in one order whatever the tile
+// it falls in: one chain of fused multiply-adds for each kBlock of k, and the blocks' sums added in
+// order. So its bits depend on nothing but its own row of x and its own row of weight: not on the
+// batch, not on the threads. The blocks also keep the rounding error of long sums down.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <utility>
+
+#include "simd.h"
+
+namespace neobert::gemm {
+
+constexpr int kCols = 2 * kWidth;
+#if defined(__AVX512F__)
+constexpr int kRows = 14;  // 28 accumulators, 2 vectors of the panel, a broadcast: 31 of 32 registers
+#else
+constexpr int kRows = 6;  // 12 + 2 + 1 of 16
+#endif
+constexpr int64_t kBlock = 256;  // in lanes, see below
+
+// What one 32-bit lane holds: a float32, or where the CPU multiplies them, two bfloat16 that are
+// neighbours in k.
+struct Float32 {
+  static constexpr int kPerLane = 1;
+  template <class X>
+  static Vec load_lanes(const X* x) {
+    return load(x);
+  }
+  template <class X>
+  static Vec load_lanes(const X* x, int64_t elements) {
+    return load(x, static_cast<int>(elements));
+  }
+  static Vec multiply_add(Vec a, Vec b, Vec c) { return fmadd(a, b, c); }
+};
+
+#if defined(__AVX512BF16__)
+// Products and sums in float32; the instruction takes denormals for zero, in and out.
+struct BFloat16Pair {
+  static constexpr int kPerLane = 2;
+  static Vec load_lanes(const bf16* x) { return _mm512_castsi512_ps(_mm512_loadu_si512(x)); }
+  static Vec load_lanes(const bf16* x, int64_t elements) {
+    const auto mask = static_cast<__mmask32>((1u << elements) - 1u);
+    return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, x));
+  }
+  static Vec multiply_add(Vec a, Vec b, Vec c) {
+    return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
+  }
+};
+#endif
+
+template <class Lane>
+int64_t lanes_of(int64_t elements) {
+  return (elements + Lane::kPerLane - 1) / Lane::kPerLane;
+}
+
+// kWidth lanes from `at` of a row of `elements`, zeros past its end.
+template <class Lane, class X>
+Vec load_row(const X* row, int64_t at, int64_t elements) {
+  const int64_t left = elements - at;
+  return left >= kWidth * Lane::kPerLane ? Lane::load_lanes(row + at)
+                                         : Lane::load_lanes(row + at, left);
+}
+
+// Transposes a kWidth x kWidth block of lanes in registers.
+#if defined(__AVX512F__)
+inline void transpose(Vec (&v)[16]) {
+  Vec t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+  }
+  // Columns c, c+4, c+8, c+12 of rows 4g…4g+3 in the four 128-bit quarters of v[4g + c].
+  for (int i = 0; i < 16; i += 4)
+    for (int h = 0; h < 2; ++h) {
+      v[i + 2 * h] = _mm512_shuffle_ps(t[i + h], t[i + 2 + h], 0x44);
+      v[i + 2 * h + 1] = _mm512_shuffle_ps(t[i + h], t[i + 2 + h], 0xEE);
+    }
+  for (int c = 0; c < 4; ++c) {
+    const Vec a = _mm512_shuffle_f32x4(v[c], v[4 + c], 0x88);
+    const Vec b = _mm512_shuffle_f32x4(v[c], v[4 + c], 0xDD);
+    const Vec d = _mm512_shuffle_f32x4(v[8 + c], v[12 + c], 0x88);
+    const Vec e = _mm512_shuffle_f32x4(v[8 + c], v[12 + c], 0xDD);
+    t[c] = _mm512_shuffle_f32x4(a, d, 0x88);
+    t[4 + c] = _mm512_shuffle_f32x4(b, e, 0x88);
+    t[8 + c] = _mm512_shuffle_f32x4(a, d, 0xDD);
+    t[12 + c] = _mm512_shuffle_f32x4(b, e, 0xDD);
+  }
+  for (int i = 0; i < 16; ++i) v[i] = t[i];
+}
+#else
+inline void transpose(Vec (&v)[8]) {
+  Vec t[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int h = 0; h < 2; ++h) {
+      v[i + 2 * h] = _mm256_shuffle_ps(t[i + h], t[i + 2 + h], 0x44);
+      v[i + 2 * h + 1] = _mm256_shuffle_ps(t[i + h], t[i + 2 + h], 0xEE);
+    }
+  for (int c = 0; c < 4; ++c) {
+    t[c] = _mm256_permute2f128_ps(v[c], v[4 + c], 0x20);
+    t[4 + c] = _mm256_permute2f128_ps(v[c], v[4 + c], 0x31);
+  }
+  for (int i = 0; i < 8; ++i) v[i] = t[i];
+}
+#endif
+
+// Writes `rows` <= kWidth rows of weight as columns of a panel; the columns past them are zeros.
+template <class Lane, class X>
+void pack(const X* weight, int64_t stride, int64_t rows, int64_t elements, float* panel) {
+  for (int64_t at = 0; at < elements; at += kWidth * Lane::kPerLane) {
+    Vec v[kWidth];
+    for (int r = 0; r < kWidth; ++r)
+      v[r] = r < rows ? load_row<Lane>(weight + r * stride, at, elements) : zero();
+    transpose(v);
+    const int64_t lane = at / Lane::kPerLane;
+    const int64_t lanes = std::min<int64_t>(kWidth, lanes_of<Lane>(elements) - lane);
+    for (int64_t k = 0; k < lanes; ++k) store(panel + (lane + k) * kCols, v[k]);
+  }
+}
+
+// tile[r][c] (+)= sum over `elements` of k of x[r][k] * panel[k][c]; sets it where `first`.
+//
+// x passes through a small buffer, kWidth lanes of each row at a time and one step ahead: rows of
+// 2048 floats would fall on one another in the first-level cache, float16 is converted on the way,
+// and the inner loop has one address register.
+template <class Lane, class X, int kTileRows>
+void multiply_tile(const X* x, int64_t stride, int64_t elements, const float* panel, bool first,
+                   float* tile) {
+  alignas(64) float buffer[2][kTileRows][kWidth];
+  constexpr int kStep = kWidth * Lane::kPerLane;
+  auto fetch = [&](int64_t at) {
+    auto& rows = buffer[at / kStep % 2];
+    for (int r = 0; r < kTileRows; ++r)
+      store(rows[r], load_row<Lane>(x + r * stride, at, elements));
+  };
+  Vec acc[kTileRows][2];
+#pragma GCC unroll 16
+  for (int r = 0; r < kTileRows; ++r) acc[r][0] = acc[r][1] = zero();
+  fetch(0);
+  for (int64_t at = 0; at < elements; at += kStep) {
+    if (at + kStep < elements) fetch(at + kStep);
+    const float* a = buffer[at / kStep % 2][0];
+    const float* const end = a + std::min<int64_t>(kWidth, lanes_of<Lane>(elements - at));
+    for (; a < end; ++a, panel += kCols) {
+      const Vec b0 = load(panel), b1 = load(panel + kWidth);
+#pragma GCC unroll 16
+      for (int r = 0; r < kTileRows; ++r) {
+        const Vec v = set1(a[r * kWidth]);
+        acc[r][0] = Lane::multiply_add(v, b0, acc[r][0]);
+        acc[r][1] = Lane::multiply_add(v, b1, acc[r][1]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      float* at = tile + r * kCols + h * kWidth;
+      store(at, first ? acc[r][h] : load(at) + acc[r][h]);
+    }
+}
+
+// The above for every number of rows from 1 to kRows.
+template <class Lane, class X>
+using TileFn = void (*)(const X*, int64_t, int64_t, const float*, bool, float*);
+
+template <class Lane, class X, int... kRowsLess1>
+constexpr std::array<TileFn<Lane, X>, kRows> tile_functions(
+    std::integer_sequence<int, kRowsLess1...>) {
+  return {multiply_tile<Lane, X, kRowsLess1 + 1>...};
+}
+
+// tile = x @ panel for `rows` <= kRows rows of x.
+template <class Lane, class X>
+void multiply(const X* x, int64_t stride, int64_t rows, int64_t elements, const float* panel,
+              float* tile) {
+  static constexpr auto functions = tile_functions<Lane, X>(std::make_integer_sequence<int, kRows>());
+  constexpr int64_t kStep = kBlock * Lane::kPerLane;
+  for (int64_t at = 0; at < elements; at += kStep)
+    functions[rows - 1](x + at, stride, std::min(kStep, elements - at),
+                        panel + at / Lane::kPerLane * kCols, at == 0, tile);
+}
+
+}  // namespace neobert::gemm

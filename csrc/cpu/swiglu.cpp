@@ -1,0 +1,116 @@
+// SwiGLU: silu(gate) * up over the two halves of a row, and its backward. Elements are independent.
+#include "kernel.h"
+
+namespace neobert {
+namespace {
+
+// sigmoid(x) and sigmoid(-x), each to about 2 ulp over the whole range: formed from e^-|x|, which
+// does not overflow, so that neither is lost to a difference from 1 or to an infinity.
+template <int U>
+inline __attribute__((always_inline)) void sigmoid(const Vec (&x)[U], Vec (&of)[U],
+                                                   Vec (&of_negated)[U]) {
+  for (int u = 0; u < U; ++u) of[u] = with_minus_sign(x[u]);
+  exp(of);
+  for (int u = 0; u < U; ++u) {
+    const Vec large = reciprocal(of[u] + set1(1.0f)), small = of[u] * large;
+    of[u] = if_negative(x[u], small, large);
+    of_negated[u] = if_negative(x[u], large, small);
+  }
+}
+
+template <bool kStream, class T>
+void forward_row(const T* gate, const T* up, T* y, int64_t width) {
+  for_groups<4>(width, [&](int64_t i, auto count, auto lanes) {
+    constexpr int U = count.value;
+    Vec g[U], s[U], of_negated[U];
+    for (int u = 0; u < U; ++u) g[u] = load(gate + i + u * kWidth, lanes);
+    sigmoid(g, s, of_negated);
+    for (int u = 0; u < U; ++u) {
+      const int64_t at = i + u * kWidth;
+      store<kStream>(y + at, g[u] * s[u] * load(up + at, lanes), lanes);
+    }
+  });
+}
+
+// d silu(g) / dg = s + g s (1 - s), with s = sigmoid(g) and 1 - s = sigmoid(-g).
+template <bool kStream, class T>
+void backward_row(const T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t width) {
+  for_groups<4>(width, [&](int64_t i, auto count, auto lanes) {
+    constexpr int U = count.value;
+    Vec g[U], s[U], of_negated[U];
+    for (int u = 0; u < U; ++u) g[u] = load(gate + i + u * kWidth, lanes);
+    sigmoid(g, s, of_negated);
+    for (int u = 0; u < U; ++u) {
+      const int64_t at = i + u * kWidth;
+      const Vec d = load(dy + at, lanes), silu = g[u] * s[u];
+      store<kStream>(dup + at, d * silu, lanes);
+      store<kStream>(dgate + at, d * load(up + at, lanes) * fmadd(silu, of_negated[u], s[u]),
+                     lanes);
+    }
+  });
+}
+
+int64_t half_of_last_axis(const char* op, const Tensor& gate_up) {
+  require(gate_up.dim() > 0 && gate_up.size(-1) % 2 == 0, op,
+          "gate_up must have shape (..., 2 * width)");
+  return gate_up.size(-1) / 2;
+}
+
+Tensor swiglu(const Tensor& gate_up_) {
+  const int64_t width = half_of_last_axis("swiglu", gate_up_);
+  const Tensor gate_up = as_contiguous(gate_up_);
+  std::vector<int64_t> shape = sizes_of(gate_up);
+  shape.back() = width;
+  Tensor y = torch::stable::empty({shape.data(), shape.size()}, gate_up.scalar_type());
+  const int64_t rows = width == 0 ? 0 : y.numel() / width;
+  dispatch("swiglu", "gate_up", gate_up, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T* in = data<T>(gate_up);
+    T* out = data<T>(y);
+    choose(worth_streaming(rows, width, out), [&](auto stream) {
+      parallel(rows, 3 * width * sizeof(T), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row)
+          forward_row<stream.value>(in + 2 * row * width, in + (2 * row + 1) * width,
+                                    out + row * width, width);
+        _mm_sfence();
+      });
+    });
+  });
+  return y;
+}
+
+Tensor swiglu_bwd(const Tensor& dy_, const Tensor& gate_up_) {
+  const int64_t width = half_of_last_axis("swiglu_bwd", gate_up_);
+  std::vector<int64_t> shape = sizes_of(gate_up_);
+  shape.back() = width;
+  require(sizes_of(dy_) == shape && dy_.scalar_type() == gate_up_.scalar_type(), "swiglu_bwd",
+          "dy must have the dtype of gate_up and half its last axis");
+  const Tensor dy = as_contiguous(dy_), gate_up = as_contiguous(gate_up_);
+  Tensor dgate_up = torch::stable::empty(gate_up.sizes(), gate_up.scalar_type());
+  const int64_t rows = width == 0 ? 0 : dy.numel() / width;
+  dispatch("swiglu_bwd", "gate_up", gate_up, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T *in = data<T>(gate_up), *d = data<T>(dy);
+    T* out = data<T>(dgate_up);
+    choose(worth_streaming(2 * rows, width, out), [&](auto stream) {
+      parallel(rows, 5 * width * sizeof(T), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+          const int64_t gate = 2 * row * width, up = gate + width;
+          backward_row<stream.value>(d + row * width, in + gate, in + up, out + gate, out + up,
+                                     width);
+        }
+        _mm_sfence();
+      });
+    });
+  });
+  return dgate_up;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(neobert, CPU, m) {
+  m.impl("swiglu", TORCH_BOX(&swiglu));
+  m.impl("swiglu_bwd", TORCH_BOX(&swiglu_bwd));
+}
+
+}  // namespace neobert

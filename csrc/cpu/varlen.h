@@ -1,0 +1,142 @@
+// What the forward and backward pass of attention share: strided operands, the offsets and their
+// checks, and the division of ragged batches into work.
+#pragma once
+
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "kernel.h"
+#include "micro_gemm.h"
+
+namespace neobert {
+
+// A (tokens, heads, head_dim) tensor with a contiguous last axis.
+template <class T>
+struct Rows {
+  T* data;
+  int64_t token_stride, head_stride;
+  T* at(int64_t token, int64_t head) const {
+    return data + token * token_stride + head * head_stride;
+  }
+};
+
+template <class T>
+Rows<const T> rows_of(const Tensor& t) {
+  return {static_cast<const T*>(t.data_ptr()), t.stride(0), t.stride(1)};
+}
+
+// Calls f(T*, Dot*) with null pointers: the element type of `t`, and the arithmetic that serves it
+// on this instruction set. Pairs of an odd head_dim do not come out even.
+template <class F>
+void dispatch_dot(const char* op, const Tensor& t, F&& f) {
+  dispatch(op, "q", t, [&](auto* type) {
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<decltype(type), bf16*>)
+      if (t.size(2) % PairedBf16Dot::kDepth == 0)
+        return f(type, static_cast<PairedBf16Dot*>(nullptr));
+#endif
+    f(type, static_cast<Float32Dot*>(nullptr));
+  });
+}
+
+inline void check_rows(const char* op, const char* name, const Tensor& t, const Tensor& q) {
+  STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU, as q is");
+  STD_TORCH_CHECK(t.dim() == 3 && q.dim() == 3, op, ": ", name,
+                  " must have shape (tokens, heads, head_dim), got ", t.dim(), " axes");
+  STD_TORCH_CHECK(t.size(0) == q.size(0) && t.size(1) == q.size(1) && t.size(2) == q.size(2), op,
+                  ": ", name, " must have q's shape (", q.size(0), ", ", q.size(1), ", ", q.size(2),
+                  "), got (", t.size(0), ", ", t.size(1), ", ", t.size(2), ")");
+  STD_TORCH_CHECK(t.scalar_type() == q.scalar_type(), op, ": ", name, " must have q's dtype");
+  STD_TORCH_CHECK(t.size(2) <= 1 || t.stride(2) == 1, op, ": ", name,
+                  " must have a contiguous last axis, got stride ", t.stride(2));
+}
+
+// The offsets, after checking all of them: nothing downstream reads or writes out of bounds.
+inline std::vector<int64_t> checked_offsets(const char* op, const Tensor& cu_seqlens,
+                                            int64_t max_seqlen, int64_t tokens) {
+  STD_TORCH_CHECK(cu_seqlens.is_cpu() && cu_seqlens.scalar_type() == ScalarType::Int &&
+                      cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1,
+                  op, ": cu_seqlens must be an int32 vector (sequences + 1,) on the CPU");
+  const Tensor contiguous = as_contiguous(cu_seqlens);
+  const int32_t* values = data<int32_t>(contiguous);
+  const std::vector<int64_t> offsets(values, values + cu_seqlens.size(0));
+  STD_TORCH_CHECK(offsets[0] == 0, op, ": cu_seqlens must start at 0, got cu_seqlens[0] = ",
+                  offsets[0]);
+  for (size_t i = 1; i < offsets.size(); ++i)
+    STD_TORCH_CHECK(offsets[i] >= offsets[i - 1], op, ": cu_seqlens must never fall, got cu_seqlens[",
+                    i, "] = ", offsets[i], " after cu_seqlens[", i - 1, "] = ", offsets[i - 1]);
+  STD_TORCH_CHECK(offsets.back() <= tokens, op, ": cu_seqlens ends at ", offsets.back(),
+                  " but there are only ", tokens, " tokens");
+  for (size_t i = 1; i < offsets.size(); ++i)
+    STD_TORCH_CHECK(offsets[i] - offsets[i - 1] <= max_seqlen, op, ": cu_seqlens gives sequence ",
+                    i - 1, " ", offsets[i] - offsets[i - 1], " tokens, but max_seqlen is ",
+                    max_seqlen);
+  return offsets;
+}
+
+// A part of one sequence, as one piece of work per head: some of its rows against all of them.
+struct Part {
+  static constexpr int64_t kNoPartial = -1;
+  int64_t start, length;         // the sequence: first token, tokens
+  int64_t begin, end;            // the rows of the part, relative to start
+  int64_t partial = kNoPartial;  // where its partial result lies, if others must be added to it
+};
+
+// Threads pull (part, head) pairs off a counter, the largest first, heads of a part in a row. Which
+// thread computes what has no effect on any bit. `flops_per_pair` is the cost of one query against
+// one key; small work is not worth the hand-over to many threads.
+template <class F>
+void for_each_part(std::vector<Part>& parts, int64_t heads, int64_t flops_per_pair, const F& f) {
+  const auto cost = [](const Part& p) { return (p.end - p.begin) * p.length; };
+  std::stable_sort(parts.begin(), parts.end(),
+                   [&](const Part& a, const Part& b) { return cost(a) > cost(b); });
+  double flops = 0;
+  for (const Part& p : parts) flops += static_cast<double>(cost(p)) * heads * flops_per_pair;
+  const int64_t items = static_cast<int64_t>(parts.size()) * heads;
+  const int64_t worthwhile = 1 + static_cast<int64_t>(flops / 1e6);
+  const int64_t threads =
+      std::min({static_cast<int64_t>(torch::stable::get_num_threads()), items, worthwhile});
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t item = next++; item < items; item = next++) f(parts[item / heads], item % heads);
+  });
+}
+
+// Memory of one thread that outlives the call: at most a few MiB, and growing it anew in every call
+// would cost page faults in every call.
+template <class T>
+class Buffer {
+ public:
+  T* at_least(int64_t count) {
+    if (count > count_) {
+      const size_t bytes = round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+      memory_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
+      if (!memory_) throw std::bad_alloc();
+      count_ = count;
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  std::unique_ptr<T, Free> memory_;
+  int64_t count_ = 0;
+};
+
+template <class T>
+void fill_zero(T* from, int64_t count) {
+  std::memset(static_cast<void*>(from), 0, static_cast<size_t>(count) * sizeof(T));
+}
+
+// Stores vector `vec` of a row of `dim` elements; the last one may be partial.
+template <class T>
+inline void store_vec(T* row, int64_t vec, int64_t dim, Vec value) {
+  const int64_t at = vec * kWidth;
+  dim - at >= kWidth ? store(row + at, value) : store(row + at, value, static_cast<int>(dim - at));
+}
+
+}  // namespace neobert

@@ -1,0 +1,393 @@
+"""Texts → embeddings.
+
+Texts are read in groups. A thread tokenizes the next group, sorts it by token count, cuts it into
+batches of at most `max_tokens` tokens and packs them, while this one is computed; memory is
+bounded by two groups whatever the number of texts. Nothing is ever padded.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+import warnings
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from neobert.model import NeoBERT
+from neobert.packing import PackedBatch, pack, token_budget_batches
+from neobert.text import TextTokenizer
+from neobert_kernels import pool
+
+Pooling = Literal["mean", "cls"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+# Tokens in a batch by default. On a CPU, enough rows for the GEMMs to run at their full rate while
+# the activations of a layer stay near the caches; on a GPU, enough to hide the kernel launches of
+# 28 layers, at under 1 GiB of activations in bfloat16.
+MAX_TOKENS = {"cpu": 4096, "cuda": 32768}
+
+# A group starts small, so that computing starts early, and doubles to a size at which the partly
+# filled last batch no longer counts. In batches of max_tokens, at 4 characters a token.
+FIRST_GROUP, LARGEST_GROUP = 4, 64
+CHARACTERS_PER_TOKEN = 4
+MOST_CHARACTERS = 1 << 26  # in a group, whatever their number of tokens: bounds the memory
+
+
+class TruncationWarning(UserWarning):
+    """Texts were longer than max_length tokens, and their ends were not read."""
+
+
+@dataclass
+class EncodeStats:
+    """What one call of `encode` or `encode_stream` did, so far or in all.
+
+    texts, tokens: the number encoded; `tokens` counts special tokens, and there is no padding.
+    truncated: how many texts were longer than max_length tokens.
+    seconds: wall time since the call, tokenizing included.
+    """
+
+    texts: int = 0
+    tokens: int = 0
+    truncated: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class _Options:
+    pooling: Pooling
+    normalize: bool
+    prompt: str
+    max_length: int
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A group of tokenized texts: batches, and the place of their sequences in the group."""
+
+    batches: list[PackedBatch]
+    order: Tensor  # (texts,) int64: sequence i of the batches in a row is text order[i]
+    truncated: int
+
+
+class Encoder:
+    """A NeoBERT and its tokenizer, from texts to embeddings.
+
+    model: the encoder, already on its device and in its dtype; it is put in eval mode.
+    tokenizer: its fast tokenizer.
+    max_length: the most tokens of a text, special tokens included; what is beyond is cut off.
+        By default the length the model was trained for, `model.config.max_length`.
+    Raises ValueError if `max_length` is beyond the model's, or if the tokenizer has ids that the
+    model has no embedding for.
+    """
+
+    def __init__(
+        self, model: NeoBERT, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+    ):
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self._tokenize = TextTokenizer(tokenizer)
+        if self._tokenize.vocab_size > model.config.vocab_size:
+            raise ValueError(
+                f"tokenizer has {self._tokenize.vocab_size} ids, but the model has embeddings for "
+                f"{model.config.vocab_size}"
+            )
+        self.max_length = self._checked_max_length(max_length, model.config.max_length)
+        self.stats = EncodeStats()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        max_length: int | None = None,
+        **hub_options: Any,
+    ) -> Encoder:
+        """Load a checkpoint directory or a hub repository, `chandar-lab/NeoBERT` for one.
+
+        device: by default the GPU if there is one, else the CPU.
+        dtype: "float32", "bfloat16", "float16" or the torch.dtype of the weights and activations;
+            by default bfloat16 on a GPU and float32 on a CPU. Embeddings are float32 always.
+        max_length: see `Encoder`.
+        hub_options: passed on to transformers (revision, token, cache_dir, local_files_only, …).
+        """
+        if not Path(path_or_hub_id).is_dir() and not HUB_ID.fullmatch(str(path_or_hub_id)):
+            raise ValueError(
+                f"{str(path_or_hub_id)!r} is neither a directory nor a hub repository (owner/name)"
+            )
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if str(device).split(":")[0] not in MAX_TOKENS:
+            raise ValueError(f"device must be one of {', '.join(MAX_TOKENS)}, got {device}")
+        device = torch.device(device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device is {device}, but torch {torch.__version__} finds no GPU")
+        if dtype is None:
+            dtype = "bfloat16" if device.type == "cuda" else "float32"
+        if isinstance(dtype, str):
+            if dtype not in DTYPES:
+                raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+            dtype = DTYPES[dtype]
+        tokenizer = AutoTokenizer.from_pretrained(path_or_hub_id, **hub_options)
+        model = NeoBERT.from_pretrained(path_or_hub_id, dtype=dtype, **hub_options)
+        return cls(model.to(device), tokenizer, max_length)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def dim(self) -> int:
+        """Width of an embedding, 768 for the released model."""
+        return self.model.config.hidden_size
+
+    def encode(
+        self,
+        texts: str | Iterable[str],
+        pooling: Pooling = "mean",
+        normalize: bool = False,
+        prompt: str | None = None,
+        max_length: int | None = None,
+        max_tokens: int | None = None,
+        show_progress_bar: bool | None = None,
+        convert_to_tensor: bool = False,
+    ) -> np.ndarray | Tensor:
+        """Embeddings of `texts`, (texts, dim) float32 in input order; (dim,) for a single str.
+
+        pooling: "mean" over a text's tokens, special tokens and prompt included, as in the
+            NeoBERT paper, or "cls", the first token's.
+        normalize: scale each embedding to length 1.
+        prompt: put before every text ("query: "), and pooled with it.
+        max_length: the most tokens of a text, special tokens and prompt included. If texts are
+            truncated, one warning says how many, and `stats.truncated` holds the number.
+        max_tokens: the most tokens computed at once; a text longer than that is computed alone.
+        show_progress_bar: None shows it when standard error is a terminal.
+        convert_to_tensor: return a tensor on the model's device, not a NumPy array.
+
+        Raises TypeError, with the index, for a text that is not a str, before computing anything.
+        """
+        items = [texts] if isinstance(texts, str) else list(_iterable(texts))
+        for index, text in enumerate(items):
+            _check_text(text, index)
+        device = self.device if convert_to_tensor else "cpu"
+        embeddings = torch.empty(len(items), self.dim, dtype=torch.float32, device=device)
+        stream = self.encode_stream(
+            items,
+            pooling,
+            normalize,
+            prompt,
+            max_length,
+            max_tokens,
+            show_progress_bar,
+            total=len(items),
+        )
+        start = 0
+        with closing(stream):
+            for rows in stream:
+                embeddings[start : start + len(rows)] = rows
+                start += len(rows)
+        if isinstance(texts, str):
+            embeddings = embeddings[0]
+        return embeddings if convert_to_tensor else embeddings.numpy()
+
+    def encode_stream(
+        self,
+        texts: Iterable[str],
+        pooling: Pooling = "mean",
+        normalize: bool = False,
+        prompt: str | None = None,
+        max_length: int | None = None,
+        max_tokens: int | None = None,
+        show_progress_bar: bool | None = None,
+        total: int | None = None,
+    ) -> Generator[Tensor]:
+        """Embeddings of any number of texts in bounded memory.
+
+        Yields (n, dim) float32 tensors on the model's device, which in a row are the embeddings in
+        input order. `texts` is read in the calling thread, a group ahead of the computation.
+        total: the number of texts if it is known, for the progress bar. Else as `encode`.
+        """
+        if pooling not in ("mean", "cls"):
+            raise ValueError(f"pooling must be 'mean' or 'cls', got {pooling!r}")
+        if max_tokens is None:
+            max_tokens = MAX_TOKENS[self.device.type]
+        elif max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+        max_length = self._checked_max_length(max_length, self.max_length)
+        options = _Options(pooling, normalize, prompt or "", max_length, max_tokens)
+        if show_progress_bar is None:
+            show_progress_bar = sys.stderr.isatty()
+        return self._stream(_iterable(texts), options, show_progress_bar, total)
+
+    def _stream(
+        self, texts: Iterable[str], options: _Options, show_progress_bar: bool, total: int | None
+    ) -> Generator[Tensor]:
+        started = time.perf_counter()
+        stats = self.stats = EncodeStats()
+        thread = ThreadPoolExecutor(1, thread_name_prefix="neobert-tokenize")
+        groups = _groups(texts, options)
+
+        def tokenize_next() -> Future[_Group] | None:
+            group = next(groups, None)
+            return group and thread.submit(self._prepare, *group, options)
+
+        try:
+            with tqdm(
+                total=total, desc="encode", unit="text", disable=not show_progress_bar
+            ) as progress:
+                upcoming = tokenize_next()
+                while upcoming is not None:
+                    group = upcoming.result()
+                    upcoming = tokenize_next()
+                    pooled = []
+                    for batch, rows in self._compute(group.batches, options):
+                        pooled.append(rows)
+                        stats.texts += batch.num_sequences
+                        stats.tokens += batch.num_tokens
+                        stats.seconds = time.perf_counter() - started
+                        progress.set_postfix_str(
+                            f"{stats.tokens_per_second:,.0f} tok/s", refresh=False
+                        )
+                        progress.update(batch.num_sequences)
+                    stats.truncated += group.truncated
+                    rows = torch.cat(pooled)
+                    embeddings = torch.empty_like(rows)
+                    embeddings[group.order.to(self.device)] = rows
+                    yield embeddings
+        finally:
+            thread.shutdown(wait=True, cancel_futures=True)
+        stats.seconds = time.perf_counter() - started
+        if stats.truncated:
+            warnings.warn(
+                f"{stats.truncated} of {stats.texts} texts were longer than max_length="
+                f"{options.max_length} tokens and were truncated",
+                TruncationWarning,
+                stacklevel=3,
+            )
+
+    def _prepare(self, texts: list[str], first: int, options: _Options) -> _Group:
+        """Tokenize and pack a group of texts, the first of them text number `first` of the call."""
+        try:
+            sequences, truncated = self._tokenize(
+                [options.prompt + text for text in texts] if options.prompt else texts,
+                options.max_length,
+            )
+        except (TypeError, UnicodeEncodeError) as error:
+            for index, text in enumerate(texts, first):
+                _check_unicode(text, index, error)
+            raise
+        batches = token_budget_batches([len(ids) for ids in sequences], options.max_tokens)
+        return _Group(
+            [pack([sequences[index] for index in batch]) for batch in batches],
+            torch.tensor([index for batch in batches for index in batch]),
+            truncated,
+        )
+
+    def _compute(
+        self, batches: list[PackedBatch], options: _Options
+    ) -> Iterator[tuple[PackedBatch, Tensor]]:
+        """Each batch with its pooled rows. On a GPU, one batch behind the one being launched."""
+        launched: tuple[PackedBatch, Tensor, torch.cuda.Event] | None = None
+        for batch in batches:
+            rows = self._pooled(batch, options)
+            if self.device.type != "cuda":
+                yield batch, rows
+                continue
+            # Waiting for the batch before keeps the queue short and the progress bar true, while
+            # the GPU always has this one to work on.
+            done = torch.cuda.Event()
+            done.record()
+            if launched:
+                launched[2].synchronize()
+                yield launched[:2]
+            launched = batch, rows, done
+        if launched:
+            launched[2].synchronize()
+            yield launched[:2]
+
+    @torch.inference_mode()
+    def _pooled(self, batch: PackedBatch, options: _Options) -> Tensor:
+        """(sequences, dim) float32 of one batch."""
+        batch = batch.to(self.device, non_blocking=True)
+        hidden = self.model(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.positions[None],
+            cu_seqlens=batch.cu_seqlens,
+            max_seqlen=batch.max_seqlen,
+        ).last_hidden_state[0]
+        rows = pool(hidden, batch.cu_seqlens, options.pooling)
+        return torch.nn.functional.normalize(rows, dim=-1) if options.normalize else rows
+
+    def _checked_max_length(self, max_length: int | None, default: int) -> int:
+        if max_length is None:
+            return default
+        least, most = self._tokenize.num_special + 1, self.model.config.max_length
+        if not least <= max_length <= most:
+            raise ValueError(
+                f"max_length must be between {least} (the special tokens and one more) and {most} "
+                f"(the model's), got {max_length}"
+            )
+        return max_length
+
+
+def _iterable(texts: Iterable[str]) -> Iterable[str]:
+    if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Iterable):
+        raise TypeError(f"texts must be a list or another iterable of str, got {type(texts)}")
+    return texts
+
+
+def _check_text(text: object, index: int) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"texts[{index}] must be a str, got {type(text).__name__}: {text!r:.80}")
+
+
+def _check_unicode(text: str, index: int, cause: Exception) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"texts[{index}] is not valid Unicode: {error}") from cause
+
+
+def _groups(texts: Iterable[str], options: _Options) -> Iterator[tuple[list[str], int]]:
+    """Texts in groups that grow from FIRST_GROUP to LARGEST_GROUP batches, and where each starts.
+
+    Counted in characters, for tokens are not known yet; characters beyond max_length tokens do
+    not count, nor can a text count as fewer than its special tokens.
+    """
+    batch = options.max_tokens * CHARACTERS_PER_TOKEN
+    most = options.max_length * CHARACTERS_PER_TOKEN
+    size = FIRST_GROUP * batch
+    group: list[str] = []
+    start = characters = held = 0
+    for index, text in enumerate(texts):
+        _check_text(text, index)
+        group.append(text)
+        characters += min(len(options.prompt) + len(text) + 2 * CHARACTERS_PER_TOKEN, most)
+        held += len(text)
+        if characters >= size or held >= MOST_CHARACTERS:
+            yield group, start
+            group, start, characters, held = [], index + 1, 0, 0
+            size = min(2 * size, LARGEST_GROUP * batch)
+    if group:
+        yield group, start

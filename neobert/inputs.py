@@ -1,0 +1,93 @@
+"""The model's door: what the forward's arguments say about where sequences and padding lie."""
+
+import torch
+from torch import Tensor
+
+from neobert.packing import PaddedLayout, pack_padded, padded_layout, restarting_positions
+
+
+def packed_boundaries(
+    cu_seqlens: Tensor | None, max_seqlen: int | Tensor | None, kwargs: dict
+) -> tuple[Tensor, int] | None:
+    """(cu_seqlens, max_seqlen) of packed input in either spelling, or None for padded input.
+
+    Takes NeoBERT's names, or from `kwargs` those of transformers' DataCollatorWithFlattening:
+    `cu_seq_lens_q`, `max_length_q`. Raises ValueError if only one of the two is there.
+    """
+    if cu_seqlens is None:
+        cu_seqlens = kwargs.get("cu_seq_lens_q")
+    if max_seqlen is None:
+        max_seqlen = kwargs.get("max_length_q")
+    if cu_seqlens is None and max_seqlen is None:
+        return None
+    if cu_seqlens is None or max_seqlen is None:
+        missing = "cu_seqlens" if cu_seqlens is None else "max_seqlen"
+        raise ValueError(f"packed input needs cu_seqlens and max_seqlen, but {missing} is None")
+    return cu_seqlens, int(max_seqlen)
+
+
+def input_layout(
+    inputs: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    packed: tuple[Tensor, int] | None,
+    max_length: int,
+) -> tuple[PaddedLayout, Tensor]:
+    """Where the tokens are, and the rotary position, (tokens,) integer, of each.
+
+    inputs: (batch, length) ids or (batch, length, dim) embeddings. Packed input is one row that
+    holds no padding and many sequences. Raises ValueError as `NeoBERT.forward` says.
+    """
+    shape = tuple(inputs.shape[:2])
+    if inputs.dim() != (3 if inputs.is_floating_point() else 2):
+        raise ValueError(
+            "input_ids must be (batch, length) and inputs_embeds (batch, length, hidden_size), "
+            f"got {tuple(inputs.shape)} {inputs.dtype}"
+        )
+    if packed is None:
+        _refuse_undeclared_packing(shape, attention_mask, position_ids)
+        layout = padded_layout(shape, attention_mask, inputs.device)
+    else:
+        _check_packed(shape, attention_mask)
+        layout = PaddedLayout(shape, None, *packed)
+    columns_count = packed is None and position_ids is None
+    longest = shape[1] if columns_count else layout.max_seqlen
+    if longest > max_length:
+        raise ValueError(
+            f"a sequence of {longest} tokens is longer than config.max_length {max_length}; "
+            "truncate it, or load the model with a larger max_length (and YaRN in rope_parameters)"
+        )
+    if position_ids is None and packed is not None:
+        return layout, restarting_positions(layout.cu_seqlens, shape[1])
+    if position_ids is None:
+        position_ids = torch.arange(shape[1], device=inputs.device)
+    return layout, pack_padded(position_ids.expand(shape), layout)
+
+
+def _check_packed(shape: tuple[int, int], attention_mask: Tensor | None) -> None:
+    if shape[0] != 1:
+        raise ValueError(
+            "packed input (cu_seqlens given) must be one row, input_ids (1, tokens), got "
+            f"{shape[0]} rows of {shape[1]}"
+        )
+    # Collators that call tokenizer.pad leave a mask of ones beside the boundaries. Looking at it
+    # makes the host wait for a GPU: leave the mask out.
+    if attention_mask is not None and not (attention_mask == 1).all():
+        raise ValueError(
+            "attention_mask is not all ones beside cu_seqlens: packed input holds no padding"
+        )
+
+
+def _refuse_undeclared_packing(
+    shape: tuple[int, int], attention_mask: Tensor | None, position_ids: Tensor | None
+) -> None:
+    """position_ids that restart in a single row without a mask mean packed sequences to some of
+    transformers' backends; read as one sequence, each would attend to the others."""
+    if position_ids is None or attention_mask is not None or shape[0] != 1:
+        return
+    if not (position_ids.diff() > 0).all():
+        raise ValueError(
+            "position_ids do not rise along the only row: for packed sequences also give "
+            "cu_seqlens and max_seqlen (DataCollatorWithFlattening(return_flash_attn_kwargs=True) "
+            "does); for one sequence with such positions give an attention_mask of ones"
+        )

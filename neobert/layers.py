@@ -1,0 +1,173 @@
+"""The encoder's layers, on packed tensors: (tokens, dim) in, (tokens, dim) out."""
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from neobert.config import NeoBERTConfig
+from neobert.packing import PaddedLayout, sequence_of_token, unpack_padded
+from neobert_kernels import (
+    apply_rotary_qkv_,
+    linear,
+    linear_swiglu,
+    rms_norm,
+    swiglu,
+    varlen_attention_qkv,
+)
+
+
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm by the fused op; sums in float32 whatever the dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Linear(nn.Linear):
+    """A projection without bias that can add itself to the residual stream."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return linear(x, self.weight, residual)
+
+
+def is_bare(module: nn.Module, cls: type[nn.Module] = Linear) -> bool:
+    """Whether calling `module` does nothing but use its weight, so that a fused op may take it.
+
+    Adapters (LoRA) and quantisers replace the module, offloading replaces its forward, and
+    profilers and interpreters hook it; each must be called, not bypassed.
+    """
+    hooked = (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+    return type(module) is cls and not hooked and "forward" not in module.__dict__
+
+
+def add_projection(module: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+    """residual + module(x), in one op when `module` is ours."""
+    if isinstance(module, Linear):
+        return module(x, residual)
+    return (residual + module(x)).to(residual.dtype)
+
+
+class SwiGLU(nn.Module):
+    """residual + w3(silu(gate) * up), with [gate, up] = w12(x) (Shazeer 2020, eq. 6)."""
+
+    def __init__(self, config: NeoBERTConfig):
+        super().__init__()
+        self.w12 = Linear(config.hidden_size, 2 * config.swiglu_width)
+        self.w3 = Linear(config.swiglu_width, config.hidden_size)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        if is_bare(self.w12):
+            gated = linear_swiglu(x, self.w12.weight)
+        else:
+            gated = swiglu(self.w12(x))
+        return add_projection(self.w3, gated, residual)
+
+
+def rotary_frequencies(config: NeoBERTConfig) -> tuple[Tensor, float]:
+    """(head_dim / 2,) float64 radians per position, and the factor on cos and sin (YaRN's)."""
+    head_dim = config.hidden_size // config.num_attention_heads
+    rope = config.rope_parameters
+    if rope["rope_type"] in ("dynamic", "longrope"):
+        raise ValueError(
+            f"rope_type {rope['rope_type']!r} changes the rotation with the longest sequence of a "
+            "batch and is not served; use 'default', 'linear', 'yarn', 'llama3' or 'proportional'"
+        )
+    if rope["rope_type"] == "default":
+        frequencies = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2).double() / head_dim)
+        scale = 1.0
+    else:
+        frequencies, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
+    if rope.get("partial_rotary_factor", 1.0) != 1.0 and rope["rope_type"] != "proportional":
+        raise ValueError(
+            "rope_parameters has partial_rotary_factor "
+            f"{rope['partial_rotary_factor']}, but NeoBERT rotates all of head_dim {head_dim}"
+        )
+    return frequencies.double(), scale
+
+
+class RotaryTable(nn.Module):
+    """cos and sin, (max_length, head_dim / 2) float32, of every angle the model may need.
+
+    Computed in float64 and rounded once. Never in a checkpoint, never in another dtype, and made
+    anew whenever the model is moved: loading on the meta device leaves buffers uninitialised.
+    """
+
+    def __init__(self, config: NeoBERTConfig):
+        super().__init__()
+        self.config = config
+        shape = config.max_length, config.hidden_size // config.num_attention_heads // 2
+        self.register_buffer("cos", torch.empty(shape, dtype=torch.float32), persistent=False)
+        self.register_buffer("sin", torch.empty(shape, dtype=torch.float32), persistent=False)
+        self.fill()
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        if self.cos.is_meta:
+            return
+        with torch.device("cpu"):
+            frequencies, scale = rotary_frequencies(self.config)
+            angles = torch.outer(torch.arange(self.config.max_length).double(), frequencies)
+            self.cos.copy_(angles.cos() * scale)
+            self.sin.copy_(angles.sin() * scale)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.cos.dtype != torch.float32:
+            self.cos, self.sin = self.cos.float(), self.sin.float()
+        self.fill()
+        return self
+
+
+class NeoBERTBlock(GradientCheckpointingLayer):
+    """A pre-norm transformer block: attention, then SwiGLU, each added to the residual stream."""
+
+    def __init__(self, config: NeoBERTConfig):
+        super().__init__()
+        dim, self.heads = config.hidden_size, config.num_attention_heads
+        self.head_dim = dim // self.heads
+        self.attention_norm = RMSNorm(dim, config.norm_eps)
+        self.qkv = Linear(dim, 3 * dim)
+        self.wo = Linear(dim, dim)
+        self.ffn_norm = RMSNorm(dim, config.norm_eps)
+        self.ffn = SwiGLU(config)
+
+    def forward(
+        self, hidden: Tensor, rotary: RotaryTable, positions: Tensor, layout: PaddedLayout
+    ) -> Tensor:
+        qkv = self.rotated_qkv(hidden, rotary, positions)
+        attended = varlen_attention_qkv(qkv, layout.cu_seqlens, layout.max_seqlen)
+        hidden = add_projection(self.wo, attended.flatten(1), hidden)
+        return self.ffn(self.ffn_norm(hidden), hidden)
+
+    def rotated_qkv(self, hidden: Tensor, rotary: RotaryTable, positions: Tensor) -> Tensor:
+        """(tokens, heads, 3, head_dim): the projection packs [q, k, v] per head."""
+        qkv = self.qkv(self.attention_norm(hidden))
+        qkv = qkv.view(-1, self.heads, 3, self.head_dim)
+        return apply_rotary_qkv_(qkv, rotary.cos, rotary.sin, positions)
+
+    def attention_probabilities(
+        self, hidden: Tensor, rotary: RotaryTable, positions: Tensor, layout: PaddedLayout
+    ) -> Tensor:
+        """(batch, heads, length, length) softmax of the scores, zeros to and from padding.
+
+        For whoever asks for attentions: the matrix that the fused op never makes, computed beside
+        it from the same q and k.
+        """
+        q, k, _ = self.rotated_qkv(hidden, rotary, positions).unbind(2)
+        q, k = (unpack_padded(t, layout).transpose(1, 2).float() for t in (q, k))
+        sequence = sequence_of_token(layout.cu_seqlens, hidden.shape[0]) + 1
+        sequence = unpack_padded(sequence, layout).unsqueeze(1)
+        attends = (sequence.unsqueeze(3) == sequence.unsqueeze(2)) & (sequence.unsqueeze(2) > 0)
+        scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+        # Not -inf: a padded row's softmax would be NaN, and so would every gradient through it.
+        scores = scores.masked_fill(~attends, torch.finfo(scores.dtype).min)
+        return scores.softmax(-1).masked_fill(~attends, 0.0).to(hidden.dtype)
