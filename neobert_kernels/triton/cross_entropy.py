@@ -120,8 +120,8 @@ def _logits(
         if HAS_BIAS:
             bias = tl.load(bias_ptr + column, mask=column < VOCAB, other=0.0).to(tl.float32)
             logits += bias[None, :]
-        # The rounded logits are what the gradient will be taken from; so is the log-sum-exp, for
-        # the probabilities to sum to one.
+        # The sums are taken of the rounded logits, as the gradient will be: then the
+        # probabilities sum to one.
         rounded = logits.to(x_ptr.dtype.element_ty)
         logits = tl.where((column < VOCAB)[None, :], rounded.to(tl.float32), float("-inf"))
         if STORE:
@@ -147,7 +147,6 @@ def _losses(
     maxima_ptr,
     sums_ptr,
     targets_ptr,
-    lse_ptr,
     losses_ptr,
     start,
     size,
@@ -156,7 +155,9 @@ def _losses(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Each row's log-sum-exp from its tiles', and its loss; NaN for a label that is no token."""
+    """Each row's maximum and sum of exponentials from its tiles', in place of the first tile's,
+    and its loss; NaN for a label that is no token. The maximum is kept apart from the logarithm of
+    the sum: it may be large, and their sum would round away what tells probabilities apart."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < tl.minimum(tl.load(count_ptr) - start, size)
     tile = tl.arange(0, BLOCK)
@@ -165,18 +166,21 @@ def _losses(
     maxima = tl.load(maxima_ptr + part, mask=mask, other=float("-inf"))
     sums = tl.load(sums_ptr + part, mask=mask, other=0.0)
     maximum = tl.where(live, tl.max(maxima, 0), 0.0)
-    lse = maximum + tl.log(tl.sum(sums * tl.exp(maxima - maximum[None, :]), 0))
+    total = tl.sum(sums * tl.exp(maxima - maximum[None, :]), 0)
     label = tl.load(labels_ptr + row, mask=live, other=0)
-    lse = tl.where((label >= 0) & (label < VOCAB), lse, float("nan"))
-    target = tl.load(targets_ptr + row, mask=live & (lse == lse), other=0.0)
-    tl.store(lse_ptr + row, lse, mask=live)
-    tl.store(losses_ptr + start + row, lse - target, mask=live)
+    is_token = (label >= 0) & (label < VOCAB)
+    total = tl.where(is_token, total, float("nan"))
+    target = tl.load(targets_ptr + row, mask=live & is_token, other=0.0)
+    tl.store(maxima_ptr + row, maximum, mask=live)
+    tl.store(sums_ptr + row, total, mask=live)
+    tl.store(losses_ptr + start + row, tl.log(total) + (maximum - target), mask=live)
 
 
 @triton.jit(do_not_specialize=["start", "size"])
 def _dlogits(
     logits_ptr,
-    lse_ptr,
+    maxima_ptr,
+    sums_ptr,
     labels_ptr,
     count_ptr,
     dbias_ptr,
@@ -200,9 +204,10 @@ def _dlogits(
         mask = (row < live)[:, None] & (column < PADDED)
         ptrs = logits_ptr + row[:, None].to(tl.int64) * PADDED + column
         logits = tl.load(ptrs, mask=mask, other=float("-inf")).to(tl.float32)
-        lse = tl.load(lse_ptr + row, mask=row < live, other=0.0)
+        maximum = tl.load(maxima_ptr + row, mask=row < live, other=0.0)
+        exponentials = tl.load(sums_ptr + row, mask=row < live, other=1.0)
         label = tl.load(labels_ptr + row, mask=row < live, other=-1)
-        gradient = tl.exp(logits - lse[:, None])
+        gradient = tl.exp(logits - maximum[:, None]) / exponentials[:, None]
         gradient -= tl.where(column == label[:, None], 1.0, 0.0)
         gradient = tl.where(column < VOCAB, gradient, 0.0)
         tl.store(ptrs, gradient.to(logits_ptr.dtype.element_ty), mask=mask)
@@ -339,7 +344,7 @@ def _run(
     rows = torch.nonzero_static(labelled, size=tokens, fill_value=0).view(-1)
     losses = float32(tokens).zero_()
     maxima, sums = float32(2, tiles_n * chunk)
-    targets, lse = float32(2, chunk)
+    targets = float32(chunk)
     logits = dhidden = dweight = dbias = float32(0)
     if gradients:
         logits = hidden.new_empty(chunk, padded)
@@ -359,13 +364,13 @@ def _run(
             HAS_BIAS=has_bias, STORE=gradients, **sizes, **tile,
         )  # fmt: skip
         _losses[(triton.cdiv(size, LOSS["ROWS"]),)](
-            y, count, maxima, sums, targets, lse, losses, start, size,
+            y, count, maxima, sums, targets, losses, start, size,
             VOCAB=vocab, TILES=tiles_n, BLOCK=triton.next_power_of_2(tiles_n), **LOSS,
         )  # fmt: skip
         if not gradients:
             continue
         _dlogits[(triton.cdiv(padded, DLOGITS["BLOCK"]),)](
-            logits, lse, y, count, dbias, start, size,
+            logits, maxima, sums, y, count, dbias, start, size,
             VOCAB=vocab, PADDED=padded, HAS_BIAS=has_bias, FIRST=start == 0, **DLOGITS,
         )  # fmt: skip
         grid, tile = _grid(tiles["dhidden"], hidden)

@@ -238,6 +238,7 @@ def rms_norm_bwd(
     return _norm_bwd("rms_norm_bwd", dy, dtotal, x, weight, rstd, None)
 
 
+@impl("add_rms_norm_bwd", "CUDA")
 def add_rms_norm_bwd(
     dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
