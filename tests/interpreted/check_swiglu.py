@@ -14,7 +14,8 @@ SHAPES = [(3, 2048), (2, 3072), (5, 1536), (67, 40), (3, 5, 129), (1, 1)]
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_swiglu(kernels, shape, dtype):
     gate_up = (3 * torch.randn(*shape[:-1], 2 * shape[-1])).to(dtype)
-    gate_up[..., 0] = -200.0  # where the exponential overflows
+    gate_up[..., 0], gate_up[..., -1] = -200.0, 3.0
+    gate_up[0, ..., 0] = 200.0  # exponentials overflow on either side
     dy = torch.randn(shape).to(dtype)
     truth = reference(gate_up.double())
     assert_accurate(kernels.swiglu(gate_up), reference(gate_up), truth, "y")
