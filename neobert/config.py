@@ -1,5 +1,7 @@
 """NeoBERT's configuration, as the released checkpoint's config.json has it."""
 
+from dataclasses import field
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -38,7 +40,7 @@ class NeoBERTConfig(PreTrainedConfig):
     max_length: int = 4096
     norm_eps: float = 1e-5
     pad_token_id: int | None = 0
-    rope_parameters: dict | None = None
+    rope_parameters: dict = field(default_factory=dict)
     embedding_init_range: float = 0.02
     decoder_init_range: float = 0.02
     classifier_init_range: float = 0.02

@@ -317,7 +317,7 @@ class Encoder:
             # Waiting for the batch before keeps the queue short and the progress bar true, while
             # the GPU always has this one to work on.
             done = torch.cuda.Event()
-            done.record()
+            done.record(torch.cuda.current_stream(self.device))
             if launched:
                 launched[2].synchronize()
                 yield launched[:2]

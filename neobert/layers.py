@@ -20,6 +20,8 @@ from neobert_kernels import (
 class RMSNorm(nn.RMSNorm):
     """nn.RMSNorm by the fused op; sums in float32 whatever the dtype."""
 
+    eps: float
+
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 

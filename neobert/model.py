@@ -7,6 +7,8 @@ the door and unpacked once at the end; in between no tensor holds padding.
 (No `from __future__ import annotations` here: transformers reads annotations of model classes.)
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import (
@@ -30,10 +32,10 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from neobert.config import NeoBERTConfig
-from neobert.inputs import input_layout, packed_boundaries
+from neobert.door import first_tokens, input_layout, one_row_per_sequence, packed_boundaries
 from neobert.layers import NeoBERTBlock, RMSNorm, RotaryTable, is_bare
 from neobert.packing import pack_padded, unpack_padded
-from neobert_kernels import linear_cross_entropy, pool
+from neobert_kernels import linear_cross_entropy
 
 
 class NeoBERTPreTrainedModel(PreTrainedModel):
@@ -85,13 +87,14 @@ class NeoBERTPreTrainedModel(PreTrainedModel):
         The new head of a classifier may be missing. `ignore_mismatched_sizes=True` allows other
         shapes (a head with another number of labels).
         """
-        model, info = super().from_pretrained(
+        loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path,
             *args,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             **kwargs,
         )
+        model, info = loaded
         heads = tuple(f"{name}." for name in cls._new_head_modules)
         missing = sorted(key for key in info["missing_keys"] if not key.startswith(heads))
         if missing:
@@ -109,10 +112,10 @@ class NeoBERTPreTrainedModel(PreTrainedModel):
             )
         return (model, info) if output_loading_info else model
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> Any:
         return self.base_model.encoder
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.base_model.encoder = value
 
 
@@ -172,10 +175,10 @@ class NeoBERT(NeoBERTPreTrainedModel):
                 restart in a row whose sequences nothing else separates.
             IndexError: a token id or a position outside its table (CPU).
         """
-        if (input_ids is None) == (inputs_embeds is None):
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if inputs is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give either input_ids or inputs_embeds")
         packed = packed_boundaries(cu_seqlens, max_seqlen, kwargs)
-        inputs = input_ids if inputs_embeds is None else inputs_embeds
         layout, positions = input_layout(
             inputs, attention_mask, position_ids, packed, self.config.max_length
         )
@@ -193,7 +196,7 @@ class NeoBERT(NeoBERTPreTrainedModel):
             if output_hidden_states:
                 states.append(unpack_padded(hidden, layout))
             if output_attentions:
-                attentions.append(block.attention_probabilities(*arguments))
+                attentions.append(block.attention_probabilities(*arguments))  # type: ignore[operator]
             hidden = block(*arguments)
         hidden = unpack_padded(self.layer_norm(hidden), layout)
         return BaseModelOutput(
@@ -291,11 +294,11 @@ class NeoBERTForSequenceClassification(NeoBERTPreTrainedModel):
 
     def __init__(self, config: NeoBERTConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels: int = config.num_labels  # type: ignore[assignment]  # never None here
         self.model = NeoBERT(config)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
     @can_return_tuple
@@ -317,7 +320,7 @@ class NeoBERTForSequenceClassification(NeoBERTPreTrainedModel):
         output = self.model(
             input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs
         )
-        first = _first_tokens(output.last_hidden_state, attention_mask, kwargs)
+        first = first_tokens(output.last_hidden_state, attention_mask, kwargs)
         first = torch.tanh(self.dense(self.dropout(first)))
         logits = self.classifier(self.dropout(first))
         loss = None
@@ -333,17 +336,6 @@ class NeoBERTForSequenceClassification(NeoBERTPreTrainedModel):
         )
 
 
-def _first_tokens(hidden: Tensor, attention_mask: Tensor | None, kwargs: dict) -> Tensor:
-    """(sequences, dim): the first token of each, wherever padding put it; zeros if it has none."""
-    packed = packed_boundaries(kwargs.get("cu_seqlens"), kwargs.get("max_seqlen"), kwargs)
-    if packed is not None:
-        return pool(hidden.flatten(0, 1), packed[0], "cls").to(hidden.dtype)
-    if attention_mask is None:
-        return hidden[:, 0]
-    column = (attention_mask != 0).int().argmax(1).to(hidden.device)
-    return hidden[torch.arange(hidden.shape[0], device=hidden.device), column]
-
-
 class NeoBERTForTokenClassification(NeoBERTPreTrainedModel):
     """One prediction per token."""
 
@@ -351,10 +343,10 @@ class NeoBERTForTokenClassification(NeoBERTPreTrainedModel):
 
     def __init__(self, config: NeoBERTConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels: int = config.num_labels  # type: ignore[assignment]  # never None here
         self.model = NeoBERT(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
     @can_return_tuple
@@ -419,7 +411,7 @@ class NeoBERTForQuestionAnswering(NeoBERTPreTrainedModel):
             input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs
         )
         logits = self.qa_outputs(output.last_hidden_state)
-        logits = _one_row_per_sequence(logits, attention_mask, kwargs)
+        logits = one_row_per_sequence(logits, attention_mask, kwargs)
         start_logits, end_logits = logits.unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
@@ -433,22 +425,6 @@ class NeoBERTForQuestionAnswering(NeoBERTPreTrainedModel):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
-
-
-def _one_row_per_sequence(logits: Tensor, attention_mask: Tensor | None, kwargs: dict) -> Tensor:
-    """(sequences, longest, …) with the dtype's lowest value where a sequence has no token."""
-    packed = packed_boundaries(kwargs.get("cu_seqlens"), kwargs.get("max_seqlen"), kwargs)
-    if packed is not None:
-        cu_seqlens, max_seqlen = packed
-        column = torch.arange(max_seqlen, device=logits.device)
-        keep = column < cu_seqlens.diff().unsqueeze(1)
-        token = (cu_seqlens[:-1].unsqueeze(1) + column).clamp(max=max(logits.shape[1] - 1, 0))
-        logits = logits[0][token]
-    elif attention_mask is not None:
-        keep = attention_mask.to(logits.device) != 0
-    else:
-        return logits
-    return logits.masked_fill(~keep.unsqueeze(-1), torch.finfo(logits.dtype).min)
 
 
 NeoBERTModel = NeoBERT

@@ -155,7 +155,7 @@ def padded_layout(
             "additive mask or segment numbers"
         )
     indices = torch.nonzero_static(keep.flatten(), size=total).squeeze(1)
-    return PaddedLayout(shape, indices, cu_seqlens, max_seqlen)
+    return PaddedLayout((batch, length), indices, cu_seqlens, max_seqlen)
 
 
 def pack_padded(x: Tensor, layout: PaddedLayout) -> Tensor:

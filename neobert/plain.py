@@ -114,6 +114,6 @@ class PlainNeoBERT(nn.Module):
         position = torch.arange(input_ids.shape[1], device=input_ids.device, dtype=wide)
         angles = position[:, None] * 10000.0 ** (-pairs / self.head_dim)
         x = self.model["encoder"](input_ids)
-        for layer in self.model["transformer_encoder"]:
+        for layer in self.model["transformer_encoder"].children():
             x = layer(x, angles, mask)
         return self.model["layer_norm"](x)

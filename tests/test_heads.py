@@ -14,8 +14,8 @@ from neobert.model import (
     NeoBERTLMHead,
 )
 from neobert.packing import pack
+from neobert.plain import PlainNeoBERT
 from tests.checkpoints import pad, random_sequences, small_config
-from tests.plain_neobert import PlainNeoBERT
 
 LENGTHS = [5, 1, 64, 33]
 

@@ -61,6 +61,30 @@ void probabilities(float* scores, float* dp, int64_t keys, float scale, float ls
   }
 }
 
+// The same where the row holds all keys. Then delta is the sum of p dp, whose rounding errors cancel
+// against dp's where one key has nearly all the weight, and p sums to one whatever lse was rounded to.
+template <class Dot>
+void all_probabilities(float* scores, float* dp, int64_t keys, float scale, float lse) {
+  const Vec factor = set1(scale), shift = set1(lse);
+  Vec sum = zero(), weighted = zero();
+  for (int64_t j = 0; j < keys; j += kWidth) {
+    Vec p = Dot::exp(fmsub(load(scores + j), factor, shift));
+    if (keys - j < kWidth) p = keep_first(p, static_cast<int>(keys - j), zero());
+    store(scores + j, p);
+    sum = sum + p;
+    weighted = fmadd(p, load(dp + j), weighted);
+  }
+  const float total = hsum(sum);
+  const Vec inverse = set1(1.0f / total), delta = set1(hsum(weighted) / total);
+  for (int64_t j = 0; j < keys; j += kWidth) {
+    const Vec p = load(scores + j) * inverse;
+    store(scores + j, p);
+    store(dp + j, p * (load(dp + j) - delta));
+  }
+  // A single key has probability 1 whatever its score: rounding must not leave a gradient.
+  if (keys == 1) dp[0] = 0.0f;
+}
+
 #if defined(__AVX512BF16__)
 // Two rows of float32 to bfloat16, interleaved for products that sum over queries; `odd` is null
 // below an odd last row.
@@ -100,8 +124,9 @@ void differentiate(const Backward<T>& args, const Part& part, int64_t head, floa
   float* dv = scratch.dv.at_least(kBlock * columns);
   const bool whole = partial_dq == nullptr;  // this part is the whole sequence
   float* dq = whole ? scratch.dq.at_least(part.length * columns) : partial_dq;
-  float* delta = scratch.delta.at_least(part.length);
-  dot_out_dout(args, part, head, delta);
+  const bool all_keys = part.length <= kBlock;  // fit one block
+  float* delta = all_keys ? nullptr : scratch.delta.at_least(part.length);
+  if (!all_keys) dot_out_dout(args, part, head, delta);
 
   const float* lse = args.lse + head * args.tokens + start;
   const Vec scale = set1(args.scale);
@@ -148,11 +173,13 @@ void differentiate(const Backward<T>& args, const Part& part, int64_t head, floa
             count, key_vecs, dout_rows, v_by_dim, steps,
             [&](int i, int64_t v, Vec s) { store(dp_rows + i * kStride + v * kWidth, s); });
         for (int i = 0; i < count; ++i) {
-          float* dp_row = dp_rows + i * kStride;
-          probabilities<Dot>(s_rows + i * kStride, dp_row, keys, args.scale, lse[q0 + row + i],
-                             delta[q0 + row + i]);
-          // One key has probability 1 whatever its score; rounding must not leave a gradient.
-          if (part.length == 1) dp_row[0] = 0.0f;
+          float *s_row = s_rows + i * kStride, *dp_row = dp_rows + i * kStride;
+          const int64_t query = q0 + row + i;
+          if (all_keys) {
+            all_probabilities<Dot>(s_row, dp_row, keys, args.scale, lse[query]);
+          } else {
+            probabilities<Dot>(s_row, dp_row, keys, args.scale, lse[query], delta[query]);
+          }
         }
         if constexpr (kDepth == 1) {
           ds_rows = {dp_rows, kStride, 1};

@@ -126,36 +126,52 @@ void pack(const X* weight, int64_t stride, int64_t rows, int64_t elements, float
   }
 }
 
-// tile[r][c] (+)= sum over `elements` of k of x[r][k] * panel[k][c]; sets it where `first`.
-//
-// x passes through a small buffer, kWidth lanes of each row at a time and one step ahead: rows of
-// 2048 floats would fall on one another in the first-level cache, float16 is converted on the way,
-// and the inner loop has one address register.
-template <class Lane, class X, int kTileRows>
-void multiply_tile(const X* x, int64_t stride, int64_t elements, const float* panel, bool first,
-                   float* tile) {
-  alignas(64) float buffer[2][kTileRows][kWidth];
-  constexpr int kStep = kWidth * Lane::kPerLane;
-  auto fetch = [&](int64_t at) {
-    auto& rows = buffer[at / kStep % 2];
-    for (int r = 0; r < kTileRows; ++r)
-      store(rows[r], load_row<Lane>(x + r * stride, at, elements));
-  };
+// Copies kBlock lanes (fewer at the end) of `rows` rows of x next to one another, in the kernel's
+// element type. Rows of 2048 floats would lie on top of one another in the first-level cache.
+constexpr int64_t kBlockStride = kBlock + kWidth;
+
+template <class Lane, class X>
+void copy_block(const X* x, int64_t stride, int64_t rows, int64_t elements, float* block) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t at = 0; at < elements; at += kWidth * Lane::kPerLane)
+      store(block + r * kBlockStride + at / Lane::kPerLane,
+            load_row<Lane>(x + r * stride, at, elements));
+}
+
+// Memory to bring into the second-level cache while the arithmetic units are busy: `count` pieces
+// of kPiece bytes, `step` bytes apart.
+struct Ahead {
+  static constexpr int kPiece = 1024;
+  const char* at = nullptr;
+  int64_t step = 0;
+  int64_t count = 0;
+};
+
+// tile[r][c] (+)= sum over k of block[r][k] * panel[k][c]; sets it where `first`.
+template <class Lane, int kTileRows>
+void multiply_tile(const float* block, int64_t lanes, const float* panel, bool first, float* tile,
+                   Ahead ahead) {
+  constexpr int kStep = 16;         // lanes per piece of `ahead`
+  constexpr int kPanelAhead = 4;    // the hardware follows the panel too late by itself
   Vec acc[kTileRows][2];
 #pragma GCC unroll 16
   for (int r = 0; r < kTileRows; ++r) acc[r][0] = acc[r][1] = zero();
-  fetch(0);
-  for (int64_t at = 0; at < elements; at += kStep) {
-    if (at + kStep < elements) fetch(at + kStep);
-    const float* a = buffer[at / kStep % 2][0];
-    const float* const end = a + std::min<int64_t>(kWidth, lanes_of<Lane>(elements - at));
-    for (; a < end; ++a, panel += kCols) {
+  for (const float* const end = block + lanes; block < end;) {
+    if (ahead.count-- > 0) {
+      for (int i = 0; i < Ahead::kPiece; i += 64) _mm_prefetch(ahead.at + i, _MM_HINT_T1);
+      ahead.at += ahead.step;
+    }
+    for (const float* const stop = std::min(end, block + kStep); block < stop; ++block) {
+      _mm_prefetch(panel + kPanelAhead * kCols, _MM_HINT_T0);
+      if constexpr (kCols * sizeof(float) > 64)
+        _mm_prefetch(panel + kPanelAhead * kCols + kWidth, _MM_HINT_T0);
       const Vec b0 = load(panel), b1 = load(panel + kWidth);
+      panel += kCols;
 #pragma GCC unroll 16
       for (int r = 0; r < kTileRows; ++r) {
-        const Vec v = set1(a[r * kWidth]);
-        acc[r][0] = Lane::multiply_add(v, b0, acc[r][0]);
-        acc[r][1] = Lane::multiply_add(v, b1, acc[r][1]);
+        const Vec a = set1(block[r * kBlockStride]);
+        acc[r][0] = Lane::multiply_add(a, b0, acc[r][0]);
+        acc[r][1] = Lane::multiply_add(a, b1, acc[r][1]);
       }
     }
   }
@@ -168,25 +184,16 @@ void multiply_tile(const X* x, int64_t stride, int64_t elements, const float* pa
     }
 }
 
-// The above for every number of rows from 1 to kRows.
-template <class Lane, class X>
-using TileFn = void (*)(const X*, int64_t, int64_t, const float*, bool, float*);
+using TileFn = void (*)(const float*, int64_t, const float*, bool, float*, Ahead);
 
-template <class Lane, class X, int... kRowsLess1>
-constexpr std::array<TileFn<Lane, X>, kRows> tile_functions(
-    std::integer_sequence<int, kRowsLess1...>) {
-  return {multiply_tile<Lane, X, kRowsLess1 + 1>...};
+template <class Lane, int... kRowsLess1>
+constexpr std::array<TileFn, kRows> tile_functions(std::integer_sequence<int, kRowsLess1...>) {
+  return {multiply_tile<Lane, kRowsLess1 + 1>...};
 }
 
-// tile = x @ panel for `rows` <= kRows rows of x.
-template <class Lane, class X>
-void multiply(const X* x, int64_t stride, int64_t rows, int64_t elements, const float* panel,
-              float* tile) {
-  static constexpr auto functions = tile_functions<Lane, X>(std::make_integer_sequence<int, kRows>());
-  constexpr int64_t kStep = kBlock * Lane::kPerLane;
-  for (int64_t at = 0; at < elements; at += kStep)
-    functions[rows - 1](x + at, stride, std::min(kStep, elements - at),
-                        panel + at / Lane::kPerLane * kCols, at == 0, tile);
-}
+// multiply_tile for 1, 2, …, kRows rows.
+template <class Lane>
+constexpr std::array<TileFn, kRows> kTileFns =
+    tile_functions<Lane>(std::make_integer_sequence<int, kRows>());
 
 }  // namespace neobert::gemm

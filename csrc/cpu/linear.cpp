@@ -5,14 +5,17 @@
 
 #include "gemm.h"
 #include "kernel.h"
+#include "sigmoid.h"
 
 namespace neobert {
 namespace {
 
 using namespace gemm;
 
-// The bits of panels that one thread keeps in its second-level cache.
+// Panels that one task multiplies x by: what leaves room in the second-level cache for the next
+// task's weights, and at most kMaxGroup.
 constexpr int64_t kPanelBytes = 400 << 10;
+constexpr int64_t kMaxGroup = 16;
 // A task of fewer rows would spend more than 3 % of its time transposing the weight.
 constexpr int64_t kMinChunk = 12 * kRows;
 
@@ -25,6 +28,7 @@ struct Rows {
   const X* operator[](int64_t i) const { return data + i * stride; }
 };
 
+// A thread's own buffers: they live as long as it does, so that no call pays for fresh pages.
 float* panel_memory(int64_t floats) {
   struct Free {
     void operator()(float* p) const { std::free(p); }
@@ -34,63 +38,106 @@ float* panel_memory(int64_t floats) {
   if (floats > size) {
     const size_t bytes = ceil_div(floats * sizeof(float), 4096) * 4096;
     memory.reset(static_cast<float*>(std::aligned_alloc(4096, bytes)));
-    STD_TORCH_CHECK(memory != nullptr, "linear: out of memory for a panel of ", bytes, " bytes");
-    size = floats;
+    size = memory ? floats : 0;
+    STD_TORCH_CHECK(memory, "linear: out of memory for a panel of ", bytes, " bytes");
   }
   return memory.get();
 }
 
-// Calls epilogue(tile, row, rows, column, columns) for every tile of x @ weight.T. With `halves`
-// vectors: a panel's first vector holds columns [c, c + kWidth) and its second those `offset`
-// further; `width` columns are covered by the first vectors (and as many by the second).
+// Which rows of weight make which panel. Panel p's first vector holds rows [p * step, … + kWidth)
+// and its second the rows `offset` further; the first vectors cover rows [0, width).
 struct Columns {
-  int64_t width;   // columns of the output
-  int64_t step;    // output columns per panel
-  int64_t offset;  // from the row of weight in a panel's first vector to that in its second
+  int64_t width;
+  int64_t step;
+  int64_t offset;
 };
 
+// Calls epilogue(tile, row, rows, column, columns) for every tile of x @ weight.T.
 template <class Lane, class X, class Epilogue>
-void run(Rows<X> x, Rows<X> weight, int64_t tokens, int64_t in_features, Columns columns,
-         const Epilogue& epilogue) {
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t panel_floats = lanes_of<Lane>(in_features) * kCols;
-  const int64_t panels = ceil_div(columns.width, columns.step);
-  // Panels per task: what stays in the cache, but enough tasks for the threads.
-  int64_t group = std::max<int64_t>(1, kPanelBytes / static_cast<int64_t>(panel_floats * sizeof(float)));
-  group = std::clamp<int64_t>(panels / (4 * threads), 1, group);
-  const int64_t groups = ceil_div(panels, group);
-  const int64_t chunks = std::clamp<int64_t>(ceil_div(4 * threads, groups), 1,
-                                             std::max<int64_t>(1, tokens / kMinChunk));
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, std::min(threads, groups * chunks), 1, [&](int64_t, int64_t) {
-    float* const memory = panel_memory(group * panel_floats);
-    alignas(64) float tile[kRows * kCols];
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < groups * chunks;) {
-      const int64_t first = task / chunks * group, last = std::min(panels, first + group);
-      for (int64_t p = first; p < last; ++p)
-        for (int h = 0; h < 2; ++h) {
-          const int64_t column = p * columns.step + h * columns.offset;
-          const int64_t end = columns.step == kCols ? columns.width : h * columns.offset + columns.width;
-          pack<Lane>(weight[column], weight.stride, std::clamp<int64_t>(end - column, 0, kWidth),
-                     in_features, memory + (p - first) * panel_floats + h * kWidth);
+struct Product {
+  Rows<X> x, weight;
+  int64_t tokens, in_features;
+  Columns columns;
+  const Epilogue& epilogue;
+
+  int64_t panels = ceil_div(columns.width, columns.step);
+  int64_t panel_floats = lanes_of<Lane>(in_features) * kCols;
+  int64_t group = 1, groups = 1, chunks = 1;
+
+  void run() {
+    // Enough tasks that threads end together, but not so few rows each that packing shows.
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t fit = kPanelBytes / static_cast<int64_t>(panel_floats * sizeof(float));
+    group = std::clamp<int64_t>(panels / (4 * threads), 1, std::clamp<int64_t>(fit, 1, kMaxGroup));
+    groups = ceil_div(panels, group);
+    chunks = std::clamp<int64_t>(tokens / kMinChunk, 1, ceil_div(4 * threads, groups));
+    const int64_t tasks = groups * chunks;
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, std::min(threads, tasks), 1, [&](int64_t, int64_t) {
+      float* const memory = panel_memory(group * panel_floats);
+      // A thread claims its next task before it works on this one, to fetch its weights meanwhile.
+      for (int64_t task = next++, following; task < tasks; task = following) {
+        following = next++;
+        const int64_t first = task / chunks * group;
+        const int64_t count = std::min(group, panels - first);
+        for (int64_t p = 0; p < count; ++p) pack_panel(first + p, memory + p * panel_floats);
+        Ahead weights;
+        if (following < tasks && following / chunks != task / chunks) {
+          const int64_t row = following / chunks * group * columns.step;
+          weights = {reinterpret_cast<const char*>(weight[row]), Ahead::kPiece,
+                     group * columns.step * in_features * int64_t{sizeof(X)} / Ahead::kPiece};
         }
-      // Tiles of nearly equal height: a last one of a row or two would leave the units idle.
-      const int64_t begin = tokens * (task % chunks) / chunks;
-      const int64_t end = tokens * (task % chunks + 1) / chunks;
-      const int64_t tiles = ceil_div(end - begin, kRows);
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t row = begin + (end - begin) * t / tiles;
-        const int64_t rows = begin + (end - begin) * (t + 1) / tiles - row;
-        for (int64_t p = first; p < last; ++p) {
-          multiply<Lane>(x[row], x.stride, rows, in_features, memory + (p - first) * panel_floats,
-                         tile);
-          const int64_t column = p * columns.step;
-          epilogue(tile, row, rows, column, std::min(columns.step, columns.width - column));
+        multiply_rows(tokens * (task % chunks) / chunks, tokens * (task % chunks + 1) / chunks,
+                      memory, first, count, weights);
+      }
+    });
+  }
+
+  void pack_panel(int64_t p, float* panel) const {
+    for (int h = 0; h < 2; ++h) {
+      const int64_t row = p * columns.step + h * columns.offset;
+      const int64_t end = columns.step == kCols ? columns.width : columns.width + h * columns.offset;
+      pack<Lane>(weight[row], weight.stride, std::clamp<int64_t>(end - row, 0, kWidth), in_features,
+                 panel + h * kWidth);
+    }
+  }
+
+  void multiply_rows(int64_t begin, int64_t end, const float* memory, int64_t first, int64_t count,
+                     Ahead weights) const {
+    alignas(64) float tile[kMaxGroup][kRows * kCols];
+    alignas(64) float block[kRows * kBlockStride];
+    constexpr int64_t kElements = kBlock * Lane::kPerLane;
+    // Tiles of nearly equal height: a last one of a row or two would leave the units idle.
+    const int64_t tiles = ceil_div(end - begin, kRows);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t row = begin + (end - begin) * t / tiles;
+      const int64_t rows = begin + (end - begin) * (t + 1) / tiles - row;
+      const TileFn multiply_tile = kTileFns<Lane>[rows - 1];
+      for (int64_t at = 0; at < in_features; at += kElements) {
+        const int64_t elements = std::min(kElements, in_features - at);
+        const int64_t lanes = lanes_of<Lane>(elements);
+        copy_block<Lane>(x[row] + at, x.stride, rows, elements, block);
+        const bool last = at + kElements >= in_features;
+        const X* const next = last ? x[row + rows] : x[row] + at + kElements;
+        Ahead ahead{reinterpret_cast<const char*>(next), x.stride * int64_t{sizeof(X)},
+                    last && row + rows == end ? 0 : rows};
+        for (int64_t p = 0; p < count; ++p) {
+          multiply_tile(block, lanes, memory + p * panel_floats + at / Lane::kPerLane * kCols,
+                        at == 0, tile[p], ahead);
+          if (p > 0) {
+            weights.at += ceil_div(lanes, 16) * weights.step;
+            weights.count -= ceil_div(lanes, 16);
+          }
+          ahead = weights;
         }
       }
+      for (int64_t p = 0; p < count; ++p) {
+        const int64_t column = (first + p) * columns.step;
+        epilogue(tile[p], row, rows, column, std::min(columns.step, columns.width - column));
+      }
     }
-  });
-}
+  }
+};
 
 template <class X, class Epilogue>
 void run(const Tensor& x, const Tensor& weight, Columns columns, const Epilogue& epilogue) {
@@ -99,8 +146,13 @@ void run(const Tensor& x, const Tensor& weight, Columns columns, const Epilogue&
 #else
   using Lane = Float32;
 #endif
-  run<Lane, X>({data<X>(x), x.stride(0)}, {data<X>(weight), weight.stride(0)}, x.size(0), x.size(1),
-               columns, epilogue);
+  Product<Lane, X, Epilogue>{{data<X>(x), x.stride(0)},
+                             {data<X>(weight), weight.stride(0)},
+                             x.size(0),
+                             x.size(1),
+                             columns,
+                             epilogue}
+      .run();
 }
 
 // Rows may lie apart, their elements may not.
@@ -161,11 +213,18 @@ Tensor linear_swiglu(const Tensor& x_, const Tensor& weight_) {
     X* const out = data<X>(y);
     run<X>(x, weight, {width, kWidth, width},
            [=](const float* tile, int64_t row, int64_t rows, int64_t column, int64_t columns) {
-             for (int64_t r = 0; r < rows; ++r) {
-               const Vec gate = load(tile + r * kCols), up = load(tile + r * kCols + kWidth);
-               const Vec v = gate / (set1(1.0f) + exp(zero() - gate)) * up;
-               X* const to = out + (row + r) * width + column;
-               columns < kWidth ? store(to, v, static_cast<int>(columns)) : store(to, v);
+             // Two rows at a time: the exponential is one long chain of dependent operations. An
+             // odd last row is paired with what an earlier tile left in the row after it.
+             for (int64_t r = 0; r < rows; r += 2) {
+               const float* const at = tile + r * kCols;
+               const Vec gate[2] = {load(at), load(at + kCols)};
+               Vec of[2], of_negated[2];
+               sigmoid(gate, of, of_negated);
+               for (int64_t u = 0; u < std::min<int64_t>(2, rows - r); ++u) {
+                 const Vec v = gate[u] * of[u] * load(at + u * kCols + kWidth);
+                 X* const to = out + (row + r + u) * width + column;
+                 columns < kWidth ? store(to, v, static_cast<int>(columns)) : store(to, v);
+               }
              }
            });
   });

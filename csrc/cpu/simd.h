@@ -215,19 +215,19 @@ inline void stream(fp16* p, Vec v) { stream16(p, to_fp16(v)); }
 
 // The lanes of a vector that lie within a row: all of them, or at its end the first n.
 struct Whole {};
-struct Part {
+struct Lanes {
   int n;
 };
 template <class Bits>
 inline void store16(void* p, Bits bits, Whole) { store16(p, bits); }
 template <class Bits>
-inline void store16(void* p, Bits bits, Part lanes) { store16(p, bits, lanes.n); }
+inline void store16(void* p, Bits bits, Lanes lanes) { store16(p, bits, lanes.n); }
 template <class T>
 inline Vec load(const T* p, Whole) { return load(p); }
 template <class T>
-inline Vec load(const T* p, Part lanes) { return load(p, lanes.n); }
+inline Vec load(const T* p, Lanes lanes) { return load(p, lanes.n); }
 inline Vec fill_after(Vec v, Whole, Vec) { return v; }
-inline Vec fill_after(Vec v, Part lanes, Vec fill) { return fill_after(v, lanes.n, fill); }
+inline Vec fill_after(Vec v, Lanes lanes, Vec fill) { return fill_after(v, lanes.n, fill); }
 template <bool kStream = false, class T>
 inline void store(T* p, Vec v, Whole) {
   if constexpr (kStream) {
@@ -237,7 +237,7 @@ inline void store(T* p, Vec v, Whole) {
   }
 }
 template <bool kStream = false, class T>
-inline void store(T* p, Vec v, Part lanes) { store(p, v, lanes.n); }
+inline void store(T* p, Vec v, Lanes lanes) { store(p, v, lanes.n); }
 
 // Calls f(i, u, lanes) for each vector of a row of n elements: i is its first element, and u counts
 // 0 … U-1 over and over, so that sums kept in U accumulators do not wait for one another.
@@ -249,7 +249,7 @@ inline __attribute__((always_inline)) void for_vectors(int64_t n, F&& f) {
     for (int u = 0; u < U; ++u) f(i + u * kWidth, u, Whole{});
   }
   for (; i + kWidth <= n; i += kWidth) f(i, 0, Whole{});
-  if (i < n) f(i, 0, Part{static_cast<int>(n - i)});
+  if (i < n) f(i, 0, Lanes{static_cast<int>(n - i)});
 }
 
 // The same in groups of U vectors: f(i, U, Whole), and at the end of the row f(i, 1, lanes). The

@@ -1,22 +1,9 @@
 // SwiGLU: silu(gate) * up over the two halves of a row, and its backward. Elements are independent.
 #include "kernel.h"
+#include "sigmoid.h"
 
 namespace neobert {
 namespace {
-
-// sigmoid(x) and sigmoid(-x), each to about 2 ulp over the whole range: formed from e^-|x|, which
-// does not overflow, so that neither is lost to a difference from 1 or to an infinity.
-template <int U>
-inline __attribute__((always_inline)) void sigmoid(const Vec (&x)[U], Vec (&of)[U],
-                                                   Vec (&of_negated)[U]) {
-  for (int u = 0; u < U; ++u) of[u] = with_minus_sign(x[u]);
-  exp(of);
-  for (int u = 0; u < U; ++u) {
-    const Vec large = reciprocal(of[u] + set1(1.0f)), small = of[u] * large;
-    of[u] = if_negative(x[u], small, large);
-    of_negated[u] = if_negative(x[u], large, small);
-  }
-}
 
 template <bool kStream, class T>
 void forward_row(const T* gate, const T* up, T* y, int64_t width) {

@@ -1,9 +1,11 @@
-"""The model's door: what the forward's arguments say about where sequences and padding lie."""
+"""The model's door: where the forward's arguments say that sequences and padding lie, and the
+heads' way back from tokens to sequences."""
 
 import torch
 from torch import Tensor
 
 from neobert.packing import PaddedLayout, pack_padded, padded_layout, restarting_positions
+from neobert_kernels import pool
 
 
 def packed_boundaries(
@@ -38,12 +40,12 @@ def input_layout(
     inputs: (batch, length) ids or (batch, length, dim) embeddings. Packed input is one row that
     holds no padding and many sequences. Raises ValueError as `NeoBERT.forward` says.
     """
-    shape = tuple(inputs.shape[:2])
     if inputs.dim() != (3 if inputs.is_floating_point() else 2):
         raise ValueError(
             "input_ids must be (batch, length) and inputs_embeds (batch, length, hidden_size), "
             f"got {tuple(inputs.shape)} {inputs.dtype}"
         )
+    shape = inputs.shape[0], inputs.shape[1]
     if packed is None:
         _refuse_undeclared_packing(shape, attention_mask, position_ids)
         layout = padded_layout(shape, attention_mask, inputs.device)
@@ -62,6 +64,33 @@ def input_layout(
     if position_ids is None:
         position_ids = torch.arange(shape[1], device=inputs.device)
     return layout, pack_padded(position_ids.expand(shape), layout)
+
+
+def first_tokens(hidden: Tensor, attention_mask: Tensor | None, kwargs: dict) -> Tensor:
+    """(sequences, dim): the first token of each, wherever padding put it; zeros if it has none."""
+    packed = packed_boundaries(kwargs.get("cu_seqlens"), kwargs.get("max_seqlen"), kwargs)
+    if packed is not None:
+        return pool(hidden.flatten(0, 1), packed[0], "cls").to(hidden.dtype)
+    if attention_mask is None:
+        return hidden[:, 0]
+    column = (attention_mask != 0).int().argmax(1).to(hidden.device)
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), column]
+
+
+def one_row_per_sequence(logits: Tensor, attention_mask: Tensor | None, kwargs: dict) -> Tensor:
+    """(sequences, longest, …) with the dtype's lowest value where a sequence has no token."""
+    packed = packed_boundaries(kwargs.get("cu_seqlens"), kwargs.get("max_seqlen"), kwargs)
+    if packed is not None:
+        cu_seqlens, max_seqlen = packed
+        column = torch.arange(max_seqlen, device=logits.device)
+        keep = column < cu_seqlens.diff().unsqueeze(1)
+        token = (cu_seqlens[:-1].unsqueeze(1) + column).clamp(max=max(logits.shape[1] - 1, 0))
+        logits = logits[0][token]
+    elif attention_mask is not None:
+        keep = attention_mask.to(logits.device) != 0
+    else:
+        return logits
+    return logits.masked_fill(~keep.unsqueeze(-1), torch.finfo(logits.dtype).min)
 
 
 def _check_packed(shape: tuple[int, int], attention_mask: Tensor | None) -> None:
