@@ -22,17 +22,25 @@ from .._checks import check_same_dtype
 from .._library import impl
 from ._device import architecture, check_served, on_device, processors
 
-# Tiles of the three products, and programs per multiprocessor: two, so that one can compute the
-# exponentials of its log-sum-exp, or add to dweight, while the other multiplies.
-_SQUARE = {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3, "PROGRAMS": 2}
-_WIDE = _SQUARE | {"BLOCK_N": 256, "BLOCK_K": 64, "PROGRAMS": 1}
-_FLOAT32 = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+# Tiles of the three products. PROGRAMS to a multiprocessor, each of which stays on it: where the
+# registers allow two, one can multiply while the other is busy with what follows its product.
+_SQUARE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_stages": 3}
+_BIG = _SQUARE | {"num_warps": 8, "PROGRAMS": 1}
 PRODUCTS = {
-    80: dict.fromkeys(("logits", "dhidden", "dweight"), _SQUARE | {"BLOCK_K": 32}),
-    90: dict.fromkeys(("logits", "dweight"), _SQUARE | {"BLOCK_K": 64}) | {"dhidden": _WIDE},
-    100: dict.fromkeys(("logits", "dweight"), _SQUARE | {"BLOCK_K": 64}) | {"dhidden": _WIDE},
+    80: {
+        "logits": _SQUARE | {"BLOCK_K": 32, "num_warps": 4, "PROGRAMS": 2},
+        "dhidden": _SQUARE | {"BLOCK_K": 32, "num_warps": 8, "PROGRAMS": 2},
+        "dweight": _SQUARE | {"BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "PROGRAMS": 2},
+    },
+    90: {
+        "logits": _SQUARE | {"num_warps": 4, "PROGRAMS": 2},
+        "dhidden": _BIG | {"BLOCK_N": 256},
+        "dweight": _BIG,
+    },
+    100: {"logits": _BIG, "dhidden": _BIG | {"BLOCK_N": 256}, "dweight": _BIG},
 }
-PRODUCTS_FLOAT32 = dict.fromkeys(("logits", "dhidden", "dweight"), _FLOAT32 | {"PROGRAMS": 4})
+_FLOAT32 = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
+PRODUCTS_FLOAT32 = dict.fromkeys(("logits", "dhidden", "dweight"), _FLOAT32 | {"PROGRAMS": 3})
 # Rows and columns of a tile, and warps.
 LOSS = {"ROWS": 16, "num_warps": 4}
 DLOGITS = {"ROWS": 128, "BLOCK": 64, "num_warps": 8}

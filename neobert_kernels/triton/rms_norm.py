@@ -15,7 +15,7 @@ from ._device import architecture, check_served, on_device, processors
 
 # Rows per program at a width of up to 1,024 (fewer at more), and warps: a warp to a row. The
 # backward's programs stay on their multiprocessor and walk over the rows, so that each sums its
-# part of the weight gradient in registers; PROGRAMS is their number per multiprocessor.
+# part of the weight gradient in registers; PROGRAMS of them share the multiprocessor's registers.
 FORWARD = {
     80: {"ROWS": 4, "num_warps": 4},
     90: {"ROWS": 4, "num_warps": 4},
@@ -24,7 +24,7 @@ FORWARD = {
 BACKWARD = {
     80: {"ROWS": 4, "num_warps": 4, "PROGRAMS": 4},
     90: {"ROWS": 4, "num_warps": 4, "PROGRAMS": 4},
-    100: {"ROWS": 4, "num_warps": 4, "PROGRAMS": 4},
+    100: {"ROWS": 4, "num_warps": 4, "PROGRAMS": 3},
 }
 MAX_DIM = 4096  # beyond it a row no longer fits the registers
 
