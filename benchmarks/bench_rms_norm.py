@@ -2,14 +2,48 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from compare import DIM, DTYPES, IMPLEMENTATIONS, TOKENS, backward, choose
 
-from neobert_kernels import rms_norm
-
-TOKENS, DIM = 8192, 768
+from neobert_kernels import add_rms_norm, rms_norm
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rms_norm(measure, dtype):
-    x, weight = torch.randn(TOKENS, DIM, dtype=dtype), torch.ones(DIM, dtype=dtype)
+def plain(x, weight):
+    return F.rms_norm(x, weight.shape, weight, 1e-5)
+
+
+def plain_add(x, residual, weight):
+    total = residual + x
+    return F.rms_norm(total, weight.shape, weight, 1e-5), total
+
+
+@pytest.fixture
+def inputs(dtype):
+    x, residual = torch.randn(2, TOKENS, DIM).to(dtype)
+    return x, residual, torch.ones(DIM, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rms_norm(measure, implementation, inputs):
+    x, _, weight = inputs
+    fn = choose(implementation, rms_norm, plain)
     with torch.inference_mode():
-        measure(lambda: rms_norm(x, weight), moved_bytes=2 * x.nbytes)
+        measure(lambda: fn(x, weight), moved_bytes=2 * x.nbytes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_add_rms_norm(measure, implementation, inputs):
+    x, residual, weight = inputs
+    fn = choose(implementation, add_rms_norm, plain_add)
+    with torch.inference_mode():
+        measure(lambda: fn(x, residual, weight), moved_bytes=4 * x.nbytes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rms_norm_backward(measure, implementation, inputs):
+    x, _, weight = inputs
+    fn = choose(implementation, rms_norm, plain)
+    measure(backward(fn, x, weight), moved_bytes=3 * x.nbytes)

@@ -11,6 +11,7 @@ import torch
 import neobert_kernels  # noqa: F401  (registers every op)
 from neobert_kernels import _compiled, _gpu
 from neobert_kernels._library import OPS, has_kernel
+from neobert_kernels.linear import PYTORCH_GEMM_DTYPES
 
 
 def table() -> str:
@@ -47,6 +48,9 @@ def main() -> None:
     print(f"CPU kernels: {_compiled.status()}")
     print(f"CUDA kernels: {_cuda_status()}\n")
     print(table())
+    if PYTORCH_GEMM_DTYPES:
+        dtypes = ", ".join(sorted(str(dtype) for dtype in PYTORCH_GEMM_DTYPES))
+        print(f"\nlinear, linear_swiglu: on this CPU (AMX) PyTorch's own GEMM serves {dtypes}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from neobert import plain as plain_neobert
 from neobert.checkpoint import released_shapes, write_random_checkpoint
-from neobert.layers import Linear
 from neobert.model import NeoBERT, NeoBERTConfig, NeoBERTLMHead
 from neobert.packing import pack, unpack
 from neobert.plain import PlainNeoBERT
@@ -278,29 +277,39 @@ def test_attentions_are_the_probabilities(checkpoint, model):
 
 
 def test_gradients_agree_with_float64(checkpoint):
-    """Of a masked-language loss over a left-padded batch, for every parameter."""
-    ids, mask = pad(random_sequences([5, 33, 64]), "left")
-    labels = torch.where((torch.rand(ids.shape) < 0.3) & (mask == 1), ids, -100)
-    gradients = {}
-    for dtype in (torch.float32, torch.float64):
-        plain = PlainNeoBERT.load(checkpoint, dtype)
-        logits = plain.decoder(plain(ids, mask))
-        F.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
-        gradients[dtype] = {name: p.grad for name, p in plain.named_parameters()}
-    model = NeoBERTLMHead.from_pretrained(checkpoint)
-    model(ids, mask, labels=labels).loss.backward()
-    ours = {name: p.grad for name, p in model.named_parameters()}
+    """Of a masked-language loss over left-padded batches, for every parameter.
 
-    def relative_errors(gradient):
-        return {
-            name: float((gradient[name] - truth).norm() / truth.norm())
-            for name, truth in gradients[torch.float64].items()
-        }
-
-    yardstick = max(relative_errors(gradients[torch.float32]).values())
-    assert 0 < yardstick < 1e-5
-    for name, error in relative_errors(ours).items():
-        assert error <= 2 * yardstick, name
+    The gradient of a norm's gain is nearly all in the outlier channel, where tokens cancel: one
+    number, whose error is a matter of luck in any implementation. So several batches are drawn,
+    and the yardstick is plain PyTorch's worst parameter.
+    """
+    models = {
+        "ours": NeoBERTLMHead.from_pretrained(checkpoint),
+        "plain": PlainNeoBERT.load(checkpoint, torch.float32),
+        "truth": PlainNeoBERT.load(checkpoint, torch.float64),
+    }
+    errors = {"ours": [], "plain": []}
+    for _ in range(4):
+        ids, mask = pad(random_sequences([5, 33, 64]), "left")
+        labels = torch.where((torch.rand(ids.shape) < 0.3) & (mask == 1), ids, -100)
+        gradients = {}
+        for name, model in models.items():
+            model.zero_grad()
+            if name == "ours":
+                loss = model(ids, mask, labels=labels).loss
+            else:
+                logits = model.decoder(model(ids, mask))
+                loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+            loss.backward()
+            gradients[name] = [parameter.grad for _, parameter in sorted(model.named_parameters())]
+        truth = gradients.pop("truth")
+        for name, gradient in gradients.items():
+            relative = [(g - t).norm() / t.norm() for g, t in zip(gradient, truth, strict=True)]
+            errors[name].append(torch.stack(relative))
+    ours, plain = (torch.stack(errors[name]).square().mean(0).sqrt() for name in errors)
+    assert 0 < plain.max() < 1e-5
+    assert ours.max() <= 2 * plain.max()
+    assert ours.median() <= 2 * plain.median()
 
 
 @pytest.mark.no_poison
@@ -358,107 +367,3 @@ def test_compiles_as_one_graph_for_any_token_count(tmp_path):
         expected = model(**arguments).last_hidden_state
         assert torch.allclose(compiled(**arguments).last_hidden_state, expected, atol=1e-6)
     assert counter.frame_count <= 2, "recompiled for a token count"
-
-
-class LowRankAdapter(nn.Module):
-    """Replaces a linear layer as PEFT's LoRA does: calls it, then adds a low-rank term."""
-
-    def __init__(self, base_layer):
-        super().__init__()
-        self.base_layer = base_layer
-        self.down = nn.Linear(base_layer.in_features, 4, bias=False)
-        self.up = nn.Linear(4, base_layer.out_features, bias=False)
-
-    def forward(self, x, *args, **kwargs):
-        return self.base_layer(x, *args, **kwargs) + self.up(self.down(x))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["qkv", "wo", "ffn.w12", "ffn.w3"])
-def test_an_adapter_around_any_projection_counts(checkpoint, name):
-    ids = torch.tensor(random_sequences([20]))
-    model, merged = NeoBERT.from_pretrained(checkpoint), NeoBERT.from_pretrained(checkpoint)
-    before = model(ids).last_hidden_state
-    block = model.transformer_encoder[3]
-    adapter = LowRankAdapter(block.get_submodule(name))
-    block.set_submodule(name, adapter)
-    target = merged.transformer_encoder[3].get_submodule(name)
-    target.weight += adapter.up.weight @ adapter.down.weight
-    adapted = model(ids).last_hidden_state
-    assert relative_error(adapted, merged(ids).last_hidden_state.double()) <= 1e-6
-    assert not torch.allclose(adapted, before, rtol=1e-3)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["qkv", "wo", "ffn.w12", "ffn.w3"])
-def test_a_hook_on_any_projection_runs(checkpoint, name):
-    model = NeoBERT.from_pretrained(checkpoint)
-    projection = model.transformer_encoder[3].get_submodule(name)
-    assert type(projection) is Linear
-    projection.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
-    ids = torch.tensor(random_sequences([20]))
-    merged = NeoBERT.from_pretrained(checkpoint)
-    if name in ("qkv", "ffn.w12"):
-        merged.transformer_encoder[3].get_submodule(name).weight.zero_()
-        expected = merged(ids).last_hidden_state
-        assert relative_error(model(ids).last_hidden_state, expected.double()) <= 1e-6
-    else:  # the hook's zeros replace the residual stream that these add to
-        assert not torch.equal(model(ids).last_hidden_state, merged(ids).last_hidden_state)
-
-
-# --- bad input ---
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"input_ids": None}, "give either input_ids or inputs_embeds"),
-        ({"inputs_embeds": torch.zeros(2, 6, 256)}, "give either input_ids or inputs_embeds"),
-        ({"input_ids": torch.ones(6, dtype=torch.int64)}, r"input_ids must be .* got \(6,\)"),
-        ({"attention_mask": torch.ones(2, 5)}, r"shape \(2, 6\).* got \(2, 5\)"),
-        ({"attention_mask": torch.ones(2, 1, 6, 6)}, r"shape \(2, 6\).* got \(2, 1, 6, 6\)"),
-        ({"attention_mask": torch.full((2, 6), -1e9)}, "attention_mask must hold only"),
-        ({"cu_seqlens": torch.tensor([0, 6], dtype=torch.int32)}, "max_seqlen is None"),
-        ({"max_seqlen": 6}, "cu_seqlens is None"),
-        (
-            {"cu_seqlens": torch.tensor([0, 12], dtype=torch.int32), "max_seqlen": 12},
-            "must be one row.* got 2 rows",
-        ),
-        ({"input_ids": torch.ones(1, 601, dtype=torch.int64)}, "601 tokens .*max_length 600"),
-    ],
-)
-def test_contradictory_arguments_are_refused(model, arguments, message):
-    defaults = {"input_ids": torch.ones(2, 6, dtype=torch.int64)}
-    with pytest.raises(ValueError, match=message):
-        model(**(defaults | arguments))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"cu_seqlens": torch.tensor([0, 3, 6])}, TypeError, "cu_seqlens must be int32"),
-        ({"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0]])}, ValueError, "not all ones"),
-        ({"max_seqlen": 601}, ValueError, "601 tokens .*max_length 600"),
-        ({"position_ids": torch.arange(6)[None] + 595}, IndexError, "600"),
-        ({"input_ids": torch.full((1, 6), 1000)}, IndexError, "out of range"),
-    ],
-)
-def test_bad_packed_input_is_refused(model, arguments, error, message):
-    defaults = {
-        "input_ids": torch.ones(1, 6, dtype=torch.int64),
-        "cu_seqlens": torch.tensor([0, 3, 6], dtype=torch.int32),
-        "max_seqlen": 3,
-    }
-    with pytest.raises(error, match=message):
-        model(**(defaults | arguments))
-
-
-def test_packed_positions_without_boundaries_are_refused(model):
-    """Read as one sequence, each text would attend to the others."""
-    batch = pack(random_sequences([5, 7]))
-    for positions in (batch.positions, torch.zeros(12, dtype=torch.int64)):
-        with pytest.raises(ValueError, match="position_ids do not rise along the only row"):
-            model(batch.input_ids[None], position_ids=positions[None])
-    shared = torch.zeros(1, 12, dtype=torch.int64)
-    one = model(batch.input_ids[None], torch.ones(1, 12), position_ids=shared)
-    assert one.last_hidden_state.isfinite().all()
