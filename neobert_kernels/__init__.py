@@ -6,7 +6,7 @@ Each op is one schema in the torch.library namespace `neobert`, with a plain PyT
 a kernel per device; PyTorch's dispatcher chooses. `python -m neobert_kernels` prints which serves.
 """
 
-from . import _compiled, _gpu  # (the C++ kernels, before any Python kernel for their key)
+from . import _compiled, _gpu  # noqa: F401  (C++ kernels before any Python kernel for their key)
 from .attention import varlen_attention, varlen_attention_qkv
 from .cross_entropy import linear_cross_entropy
 from .linear import linear, linear_swiglu

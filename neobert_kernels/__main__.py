@@ -27,7 +27,7 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def _cuda_status() -> str:
+def _triton_status() -> str:
     reason = _gpu.why_not()
     if reason is not None:
         return f"none: {reason}"
@@ -46,7 +46,7 @@ def main() -> None:
         sys.exit(f"usage: python -m neobert_kernels [tune], got {' '.join(sys.argv[1:])}")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"CPU kernels: {_compiled.status()}")
-    print(f"CUDA kernels: {_cuda_status()}\n")
+    print(f"Triton kernels: {_triton_status()}\n")
     print(table())
     if PYTORCH_GEMM_DTYPES:
         dtypes = ", ".join(sorted(str(dtype) for dtype in PYTORCH_GEMM_DTYPES))

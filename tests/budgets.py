@@ -39,15 +39,19 @@ def launches() -> Iterator[tuple[str, str, Callable[[], object]]]:
         import_module(f"neobert_kernels.triton.{op}")
         for op in ("rms_norm", "swiglu", "rotary", "pooling", "cross_entropy")
     )
-    positions = torch.zeros(4, dtype=torch.int64)
+    positions = labels = torch.zeros(4, dtype=torch.int64)
     cos = sin = torch.zeros(8, HEAD_DIM // 2)
     cu_seqlens = torch.tensor([0, 4], dtype=torch.int32)
     weight, rstd = torch.ones(DIM), torch.ones(4)
     for branch, stream in ((half, half), (half, full), (full, full)):
-        x, total = torch.zeros(4, DIM, dtype=branch), torch.zeros(4, DIM, dtype=stream)
-        name = f"{branch} on {stream}".replace("torch.", "")
-        yield "rms_norm", name, lambda x=x, t=total: rms_norm.add_rms_norm(x, t, weight, 1e-5)
-        yield "rms_norm", name, lambda x=x, t=total: rms_norm.add_rms_norm_bwd(x, t, t, weight, rstd)
+        x, stream = torch.zeros(4, DIM, dtype=branch), torch.zeros(4, DIM, dtype=stream)
+        name = f"{branch} on {stream.dtype}".replace("torch.", "")
+        yield "rms_norm", name, lambda x=x, s=stream: rms_norm.add_rms_norm(x, s, weight, 1e-5)
+        yield (
+            "rms_norm",
+            name,
+            lambda x=x, s=stream: rms_norm.add_rms_norm_bwd(x, s, s, weight, rstd),
+        )
     for dtype in (half, full):
         x, name = torch.zeros(4, DIM, dtype=dtype), str(dtype).removeprefix("torch.")
         gate_up, qkv = x.new_zeros(4, 2 * WIDTH), x.new_zeros(4, HEADS, 3, HEAD_DIM)
@@ -61,13 +65,16 @@ def launches() -> Iterator[tuple[str, str, Callable[[], object]]]:
             yield "rotary", f"{name} qkv", lambda q=qkv, a=arguments: rotary.rotary_qkv_(q, *a)
         for mean in (True, False):
             yield "pooling", name, lambda x=x, m=mean: pooling.pool(x, cu_seqlens, m)
-            yield "pooling", name, lambda x=x, m=mean: pooling.pool_bwd(
-                x[:1].float(), cu_seqlens, 4, m, x.dtype
+            yield (
+                "pooling",
+                name,
+                lambda x=x, m=mean: pooling.pool_bwd(x[:1].float(), cu_seqlens, 4, m, x.dtype),
             )
         head = (torch.zeros(VOCAB, DIM, dtype=dtype), torch.zeros(VOCAB, dtype=dtype))
-        labels = torch.zeros(4, dtype=torch.int64)
-        yield "cross_entropy", name, lambda x=x, h=head: cross_entropy.linear_cross_entropy(
-            x, *h, labels, -100
+        yield (
+            "cross_entropy",
+            name,
+            lambda x=x, h=head: cross_entropy.linear_cross_entropy(x, *h, labels, -100),
         )
         for chunk in (4, 2):  # one chunk writes the weight gradient, several add to it
 

@@ -109,5 +109,5 @@ def test_errors(kernels):
     hidden, weight, bias, labels = make(7, 40, 100, True, 1.0, torch.float32)
     with pytest.raises(TypeError, match="hidden must be float32, bfloat16 or float16"):
         kernels.linear_cross_entropy(hidden.double(), weight.double(), None, labels, IGNORE)
-    with pytest.raises(TypeError, match="weight is torch.float16 but hidden is torch.float32"):
+    with pytest.raises(TypeError, match=r"weight is torch\.float16 but hidden is torch\.float32"):
         kernels.linear_cross_entropy(hidden, weight.half(), bias, labels, IGNORE)

@@ -123,7 +123,7 @@ def test_rows_do_not_depend_on_the_batch(kernels):
 
 def test_errors(kernels):
     x = torch.randn(2, 96)
-    with pytest.raises(TypeError, match="x must be float32, bfloat16 or float16, got torch.float64"):
+    with pytest.raises(TypeError, match="x must be float32, bfloat16 or float16"):
         kernels.rms_norm(x.double(), torch.randn(96), EPS)
     with pytest.raises(ValueError, match="a dim of up to 4096, got 5000"):
         kernels.rms_norm(torch.randn(1, 5000), torch.randn(5000), EPS)

@@ -59,7 +59,9 @@ class _CheckedMemory:
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
-    elements = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    elements = 1 + sum(
+        (n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)
+    )
     return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()
 
 
