@@ -1,4 +1,4 @@
-"""Runs tests/interpreted: every Triton kernel against float64 in Triton's interpreter, and the proof
+"""Runs tests/interpreted: every Triton kernel against float64 in Triton's interpreter, and proof
 that those tests catch broken kernels.
 
 The interpreter is chosen by an environment variable before Triton is imported, so both run in
