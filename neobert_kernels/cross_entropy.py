@@ -23,6 +23,8 @@ def linear_cross_entropy(
 
     Logits exist for labelled tokens only, a chunk of rows at a time. Where a gradient is needed
     it is computed in the forward pass, chunk by chunk, so that no logits are kept or recomputed.
+    It is rounded to the inputs' dtype there, so that in float16 a loss scale comes too late to keep
+    small gradients from the denormal numbers: train in bfloat16 or under autocast to it.
 
     Args:
         hidden: (tokens, dim) float32, bfloat16 or float16.
@@ -116,24 +118,29 @@ def reference(
 def reference_grads(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, dhidden, dweight and dbias (empty without a bias); sums over chunks in float32."""
+    """Loss, dhidden, dweight and dbias (empty without a bias); sums over chunks in float32.
+
+    1 / rows is applied last, in float32: it would push the gradients of the logits, which have the
+    dtype of hidden, into the denormal numbers of float16.
+    """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     rows = _labelled_rows(labels, weight.shape[0], ignore_index)
     losses, dhidden = [], torch.zeros_like(hidden)
     dweight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
     dbias = torch.zeros(0 if bias is None else bias.shape[0], dtype=wide, device=weight.device)
+    share = 1 / max(1, len(rows))
     for chunk in rows.split(CHUNK):
         x, dlogits = hidden[chunk], F.linear(hidden[chunk], weight, bias)
-        losses.append(ops.cross_entropy_rows_grad_(dlogits, labels[chunk], 1 / max(1, len(rows))))
+        losses.append(ops.cross_entropy_rows_grad_(dlogits, labels[chunk], 1.0))
         if bias is not None:
             dbias += dlogits.sum(0, dtype=wide)
-        dhidden[chunk] = dlogits @ weight
-        if wide == x.dtype:
-            dweight.addmm_(dlogits.t(), x)
-        else:
+        dhidden[chunk] = ((dlogits @ weight).to(wide) * share).to(hidden.dtype)
+        if x.dtype == torch.bfloat16:
             dweight += dlogits.t() @ x
-    dbias = dbias if bias is None else dbias.to(bias.dtype)
-    return torch.cat(losses).mean(), dhidden, dweight.to(weight.dtype), dbias
+        else:  # a sum over rows may be beyond float16
+            dweight.addmm_(dlogits.t().to(wide), x.to(wide))
+    dweight, dbias = (dweight.mul_(share).to(weight.dtype), dbias.mul_(share).to(weight.dtype))
+    return torch.cat(losses).mean(), dhidden, dweight, dbias
 
 
 def reference_rows(logits: Tensor, labels: Tensor) -> Tensor:
@@ -162,6 +169,10 @@ def _fake_grads(hidden, weight, bias, labels, ignore_index):
     return loss, torch.empty_like(hidden), torch.empty_like(weight), dbias
 
 
+def _fake_rows(logits, labels, scale=1.0):
+    return logits.new_empty(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
 _ARGUMENTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, int ignore_index"
 define(f"linear_cross_entropy({_ARGUMENTS}) -> Tensor loss", reference, _fake)
 define(
@@ -170,10 +181,15 @@ define(
     reference_grads,
     _fake_grads,
 )
-define("cross_entropy_rows(Tensor logits, Tensor labels) -> Tensor losses", reference_rows)
+define(
+    "cross_entropy_rows(Tensor logits, Tensor labels) -> Tensor losses",
+    reference_rows,
+    _fake_rows,
+)
 define(
     "cross_entropy_rows_grad_(Tensor(a!) logits, Tensor labels, float scale) -> Tensor losses",
     reference_rows_grad_,
+    _fake_rows,
 )
 if has_kernel("cross_entropy_rows", "CPU"):
     # The same composition: on the CPU its GEMMs are the library's and its rows the C++ kernel's.

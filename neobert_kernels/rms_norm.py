@@ -141,7 +141,8 @@ def reference_add_bwd(
     wide = torch.promote_types(total.dtype, torch.float32)
     dtotal = None if dtotal is None else dtotal.to(wide)
     dsum, dweight = reference_bwd(dy, dtotal, total.to(wide), weight, rstd)
-    return dsum.to(dy.dtype), dsum.to(total.dtype), dweight
+    # Copies: where the dtypes are equal, two outputs of an op must not be one tensor.
+    return dsum.to(dy.dtype, copy=True), dsum.to(total.dtype, copy=True), dweight
 
 
 define("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)", reference)

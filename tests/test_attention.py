@@ -1,5 +1,7 @@
 """varlen_attention: accuracy against float64, isolation of sequences, and what it refuses."""
 
+import itertools
+
 import pytest
 import torch
 from accuracy import assert_accurate
@@ -33,7 +35,7 @@ def plain(qkv: Tensor, dout: Tensor, cu_seqlens: Tensor, dtype: torch.dtype) -> 
     """out, dq, dk, dv by softmax(q kᵀ / sqrt(head_dim)) v and autograd, sequence by sequence."""
     q, k, v = (t.to(dtype, copy=True).requires_grad_() for t in qkv.unbind(2))
     outs, bounds = [], cu_seqlens.tolist()
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         qs, ks, vs = (t[start:end].transpose(0, 1) for t in (q, k, v))
         p = torch.softmax(qs @ ks.transpose(1, 2) * qkv.shape[-1] ** -0.5, -1)
         outs.append((p @ vs).transpose(0, 1))
@@ -294,8 +296,24 @@ def test_bad_arguments():
     refused(TypeError, "v is torch.bfloat16 but q is", q, q, q.bfloat16(), cu_seqlens, 10)
     refused(ValueError, r"k \(9, 2, 8\)", q, q[:9], q, cu_seqlens, 10)
     refused(ValueError, r"q \(2, 8\)", q[0], q[0], q[0], cu_seqlens, 10)
-    refused(ValueError, r"contiguous last axis.*k \(16, 1, 2\)", q, q.view(10, 8, 2).mT, q, cu_seqlens, 10)
-    refused(ValueError, "head_dim must be at least 1", q[..., :0], q[..., :0], q[..., :0], cu_seqlens, 10)
+    refused(
+        ValueError,
+        r"contiguous last axis.*k \(16, 1, 2\)",
+        q,
+        q.view(10, 8, 2).mT,
+        q,
+        cu_seqlens,
+        10,
+    )
+    refused(
+        ValueError,
+        "head_dim must be at least 1",
+        q[..., :0],
+        q[..., :0],
+        q[..., :0],
+        cu_seqlens,
+        10,
+    )
     refused(TypeError, "cu_seqlens must be int32, got torch.int64", q, q, q, cu_seqlens.long(), 10)
     refused(ValueError, r"cu_seqlens must have shape", q, q, q, cu_seqlens[None], 10)
     refused(ValueError, r"cu_seqlens must have shape.*\(0,\)", q, q, q, cu_seqlens[:0], 10)

@@ -273,7 +273,7 @@ def test_dtypes_left_to_pytorch(monkeypatch):
         ({"x": torch.ones(4, 3, 5)}, ValueError, r"x \(4, 3, 5\) and weight \(8, 5\)"),
         ({"weight": torch.ones(5)}, ValueError, r"x \(4, 5\) and weight \(5,\)"),
         ({"x": torch.ones(4, 5).double()}, TypeError, "float64"),
-        ({"x": torch.ones(4, 5).half()}, TypeError, "float16.*float32"),
+        ({"x": torch.ones(4, 5).half()}, TypeError, "weight is torch.float32 but x is"),
         ({"residual": torch.ones(4, 9)}, ValueError, r"\(4, 8\).*got \(4, 9\)"),
         ({"residual": torch.ones(1, 8)}, ValueError, r"\(4, 8\).*got \(1, 8\)"),
         ({"residual": torch.ones(4, 8).long()}, TypeError, "residual.*int64"),
@@ -306,6 +306,6 @@ def test_an_odd_weight_has_no_halves():
     ],
 )
 def test_the_kernel_itself_refuses(arguments):
-    """Called below the checks of the public function, it still reads no memory that is not there."""
-    with pytest.raises(RuntimeError, match="linear"):
+    """Below the checks of the public function too, no memory is read that is not there."""
+    with pytest.raises((ValueError, RuntimeError), match="linear: "):
         ops.linear(*arguments)

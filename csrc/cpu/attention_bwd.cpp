@@ -1,8 +1,8 @@
 // Attention over packed sequences, backward. The probabilities are recomputed from the log-sum-exp
 // (Dao et al. 2022, algorithm 4). One piece of work is a range of keys of one sequence and head
-// against all its queries, block by block. It owns dk and dv of its keys and adds into a float32 dq:
-// nobody else's where the range is the whole sequence, otherwise one of a few partial sums that are
-// added up afterwards in order. No atomics: the bits depend on the sequence alone.
+// against all its queries, block by block. It owns dk and dv of its keys, and a float32 dq: all of
+// it where the range is the whole sequence, otherwise one of a few partial sums that are added up
+// afterwards in order. No atomics: the bits depend on the sequence alone.
 #include "varlen.h"
 
 namespace neobert {
@@ -61,8 +61,9 @@ void probabilities(float* scores, float* dp, int64_t keys, float scale, float ls
   }
 }
 
-// The same where the row holds all keys. Then delta is the sum of p dp, whose rounding errors cancel
-// against dp's where one key has nearly all the weight, and p sums to one whatever lse was rounded to.
+// The same where the row holds all keys. Then delta is the sum of p dp, whose rounding errors
+// cancel against dp's where one key has nearly all the weight, and p sums to one however lse was
+// rounded.
 template <class Dot>
 void all_probabilities(float* scores, float* dp, int64_t keys, float scale, float lse) {
   const Vec factor = set1(scale), shift = set1(lse);

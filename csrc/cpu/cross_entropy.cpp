@@ -29,17 +29,18 @@ float sum_of_exp(const T* x, float shift, int64_t n) {
   return hsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
-// x = scale * (softmax(x) - onehot(label)), lse being the log of the sum of exp(x).
+// x = scale * (softmax(x) - onehot(label)). At the label it is scale * (e^-loss - 1), which expm1
+// keeps from cancelling where the label is all but certain.
 template <class T>
-void to_gradient(T* x, float lse, float scale, int64_t label, int64_t n) {
-  const float at_label = std::expm1(static_cast<float>(x[label]) - lse) * scale;
+void to_gradient(T* x, float shift, float sum, float loss, float scale, int64_t label, int64_t n) {
+  const Vec factor = set1(scale / sum);
   for_groups<4>(n, [&](int64_t i, auto count, auto lanes) {
     Vec e[count.value];
-    for (int u = 0; u < count.value; ++u) e[u] = load(x + i + u * kWidth, lanes) - set1(lse);
+    for (int u = 0; u < count.value; ++u) e[u] = load(x + i + u * kWidth, lanes) - set1(shift);
     exp(e);
-    for (int u = 0; u < count.value; ++u) store(x + i + u * kWidth, e[u] * set1(scale), lanes);
+    for (int u = 0; u < count.value; ++u) store(x + i + u * kWidth, e[u] * factor, lanes);
   });
-  x[label] = static_cast<T>(at_label);
+  x[label] = static_cast<T>(std::expm1(-loss) * scale);
 }
 
 Tensor rows_loss(const char* op, const Tensor& logits, const Tensor& labels_, float scale,
@@ -61,9 +62,11 @@ Tensor rows_loss(const char* op, const Tensor& logits, const Tensor& labels_, fl
       for (int64_t row = begin; row < end; ++row) {
         T* x = data<T>(logits) + row * vocab;
         const float shift = largest(x, vocab);
-        const float lse = shift + std::log(sum_of_exp(x, shift, vocab));
-        data<float>(losses)[row] = lse - static_cast<float>(x[label[row]]);
-        if (gradient) to_gradient(x, lse, scale, label[row], vocab);
+        const float sum = sum_of_exp(x, shift, vocab);
+        // Never shift + log(sum), which would be rounded at the size of the logits.
+        const float loss = std::log(sum) - (static_cast<float>(x[label[row]]) - shift);
+        data<float>(losses)[row] = loss;
+        if (gradient) to_gradient(x, shift, sum, loss, scale, label[row], vocab);
       }
     });
   });

@@ -3,11 +3,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <sstream>
 #include <stdexcept>
 #include <tuple>
 #include <vector>
+
+#include <unistd.h>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -92,11 +93,6 @@ inline void check_cu_seqlens(const char* op, const Tensor& cu_seqlens, int64_t t
           " tokens, got ", offsets[sequences]);
 }
 
-inline int64_t stream_threshold() {
-  const char* e = std::getenv("NB_STREAM");
-  return e ? std::atoll(e) : (16 << 20);
-}
-
 // Calls f(begin, end) on ranges of [0, tasks). Waking a second thread costs about 5 us, in which one
 // core moves 200 KB through its caches: less than twice that in all is not worth a second thread.
 template <class F>
@@ -107,15 +103,18 @@ void parallel(int64_t tasks, int64_t bytes_per_task, F&& f) {
 
 // Whether to write these outputs of (rows, dim) past the caches. An ordinary store first reads the
 // line that it overwrites, a third of all traffic in a copy; a streaming store does not, but its
-// reader finds nothing in the cache. So it is for outputs that no cache would hold until they are
-// read. Whole vectors only: every row must begin at a multiple of 64 bytes.
+// reader finds nothing in the cache. So it is for outputs of half the last cache or more, of which
+// little would be left by the time the next op reads them: RMSNorm of 8,192 x 768 float32 rises
+// from 1.07 to 1.44 of the speed of torch's copy, at 4,096 rows from 1.08 to 1.14, and with half
+// the bytes it falls. Whole vectors only: every row must begin at a multiple of 64 bytes.
 template <class... T>
 bool worth_streaming(int64_t rows, int64_t dim, const T*... outputs) {
+  static const int64_t last_cache = std::max<int64_t>(sysconf(_SC_LEVEL3_CACHE_SIZE), 8 << 20);
   const int64_t bytes = (0 + ... + (rows * dim * static_cast<int64_t>(sizeof(T))));
   auto aligned = [&](auto* p) {
     return reinterpret_cast<uintptr_t>(p) % 64 == 0 && dim * sizeof(*p) % 64 == 0;
   };
-  return bytes >= stream_threshold() && (aligned(outputs) && ...);
+  return bytes >= last_cache / 2 && (aligned(outputs) && ...);
 }
 
 // f(std::true_type) or f(std::false_type): a run-time choice as a template argument.

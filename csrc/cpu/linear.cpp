@@ -145,8 +145,9 @@ struct Product {
           multiply_tile(block, lanes, memory + p * panel_floats + at / Lane::kPerLane * kCols,
                         at == 0, tile[p], ahead);
           if (p > 0) {
-            weights.at += ceil_div(lanes, 16) * weights.step;
-            weights.count -= ceil_div(lanes, 16);
+            const int64_t pieces = ceil_div(lanes, Ahead::kLanes);
+            weights.at += pieces * weights.step;
+            weights.count -= pieces;
           }
           ahead = weights;
         }
@@ -238,12 +239,12 @@ Tensor linear_swiglu(const Tensor& x_, const Tensor& weight_) {
              for (int64_t r = 0; r < rows; r += 2) {
                const float* const at = tile + r * kCols;
                const Vec gate[2] = {load(at), load(at + kCols)};
-               Vec of[2], of_negated[2];
-               sigmoid(gate, of, of_negated);
+               const Vec up[2] = {load(at + kWidth), load(at + kCols + kWidth)};
+               Vec v[2];
+               silu_times(gate, up, v);
                for (int64_t u = 0; u < std::min<int64_t>(2, rows - r); ++u) {
-                 const Vec v = gate[u] * of[u] * load(at + u * kCols + kWidth);
                  X* const to = out + (row + r + u) * width + column;
-                 columns < kWidth ? store(to, v, static_cast<int>(columns)) : store(to, v);
+                 columns < kWidth ? store(to, v[u], static_cast<int>(columns)) : store(to, v[u]);
                }
              }
            });

@@ -4,23 +4,34 @@
 namespace neobert {
 namespace {
 
-// acc += the rows of x, eight at a time as a tree: the order of a sum depends only on the tokens of
-// its own sequence, and the rounding errors grow with an eighth of their number.
+constexpr int64_t kColumns = 256, kRun = 128;
+
+// out = the sum of the rows of x: eight at a time as a tree, those over runs of 128 rows, and the
+// runs in order. The order depends only on the tokens of the sequence itself, and the rounding
+// errors hardly grow with their number.
 template <class T>
-void add_rows(const T* x, int64_t stride, int64_t rows, float* acc, int64_t columns) {
-  int64_t row = 0;
-  for (; row + 8 <= rows; row += 8, x += 8 * stride) {
+void sum_rows(const T* x, int64_t stride, int64_t rows, float* out, int64_t columns) {
+  float run[kColumns];
+  std::fill_n(out, columns, 0.0f);
+  for (int64_t first = 0; first < rows; first += kRun) {
+    const int64_t last = std::min(rows, first + kRun);
+    std::fill_n(run, columns, 0.0f);
+    int64_t row = first;
+    for (; row + 8 <= last; row += 8)
+      for_vectors(columns, [&](int64_t i, int, auto lanes) {
+        Vec v[8];
+        for (int k = 0; k < 8; ++k) v[k] = load(x + (row + k) * stride + i, lanes);
+        const Vec sum = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+        store(run + i, load(run + i, lanes) + sum, lanes);
+      });
+    for (; row < last; ++row)
+      for_vectors(columns, [&](int64_t i, int, auto lanes) {
+        store(run + i, load(run + i, lanes) + load(x + row * stride + i, lanes), lanes);
+      });
     for_vectors(columns, [&](int64_t i, int, auto lanes) {
-      Vec v[8];
-      for (int k = 0; k < 8; ++k) v[k] = load(x + k * stride + i, lanes);
-      const Vec sum = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
-      store(acc + i, load(acc + i, lanes) + sum, lanes);
+      store(out + i, load(out + i, lanes) + load(run + i, lanes), lanes);
     });
   }
-  for (; row < rows; ++row, x += stride)
-    for_vectors(columns, [&](int64_t i, int, auto lanes) {
-      store(acc + i, load(acc + i, lanes) + load(x + i, lanes), lanes);
-    });
 }
 
 Tensor pool(const Tensor& hidden_, const Tensor& cu_seqlens_, bool mean) {
@@ -31,8 +42,7 @@ Tensor pool(const Tensor& hidden_, const Tensor& cu_seqlens_, bool mean) {
   const int64_t sequences = cu_seqlens.size(0) - 1;
   const int32_t* offsets = data<int32_t>(cu_seqlens);
   Tensor pooled = empty_cpu({sequences, dim}, ScalarType::Float);
-  // A task is 256 columns of one sequence, so that a long sequence does not wait for one thread.
-  constexpr int64_t kColumns = 256;
+  // A task is some columns of one sequence, so that a long sequence does not wait for one thread.
   const int64_t slices = (dim + kColumns - 1) / kColumns, tasks = sequences * slices;
   dispatch("pool", "hidden", hidden, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -44,9 +54,8 @@ Tensor pool(const Tensor& hidden_, const Tensor& cu_seqlens_, bool mean) {
         const int64_t columns = std::min(kColumns, dim - column);
         const int64_t start = offsets[sequence], length = offsets[sequence + 1] - start;
         float* out = data<float>(pooled) + sequence * dim + column;
-        std::fill_n(out, columns, 0.0f);
-        add_rows(x + start * dim + column, dim, mean ? length : std::min<int64_t>(1, length), out,
-                 columns);
+        const int64_t rows = mean ? length : std::min<int64_t>(1, length);
+        sum_rows(x + start * dim + column, dim, rows, out, columns);
         if (!mean || length == 0) continue;
         const Vec divisor = set1(static_cast<float>(length));
         for_vectors(columns, [&](int64_t i, int, auto lanes) {

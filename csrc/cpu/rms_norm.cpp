@@ -91,22 +91,31 @@ void backward_row(const Y* dy, const X* dtotal, const X* x, const float* weight,
 template <class X, class Y>
 void backward(const Y* dy, const X* dtotal, const X* x, const float* weight, const float* rstd,
               X* dx, Y* dbranch, float* dweight, int64_t rows, int64_t dim) {
-  // dweight is summed over fixed blocks of rows, then over blocks in order: the same bits for any
-  // number of threads.
+  // dweight is summed over runs of 16 rows, those over fixed blocks of rows, and those in order: the
+  // same bits for any number of threads, and rounding errors that do not grow with the rows.
+  constexpr int64_t kRun = 16;
   const int64_t blocks = std::clamp<int64_t>(rows / 64, 1, 64);
   const int64_t per_block = (rows + blocks - 1) / blocks;
   const int64_t row_bytes = dim * (sizeof(Y) + 2 * sizeof(X) + (dtotal ? sizeof(X) : 0));
   std::vector<float> partial(blocks * dim, 0.0f);
-  const bool streams = worth_streaming(rows, dim, dx) && (!dbranch || worth_streaming(rows, dim, dbranch));
+  const bool streams =
+      dbranch ? worth_streaming(rows, dim, dx, dbranch) : worth_streaming(rows, dim, dx);
   choose(streams, [&](auto stream) {
     parallel(blocks, per_block * row_bytes, [&](int64_t begin, int64_t end) {
+      std::vector<float> run(dim, 0.0f);
       for (int64_t block = begin; block < end; ++block) {
-        const int64_t last = std::min(rows, (block + 1) * per_block);
-        for (int64_t row = block * per_block; row < last; ++row) {
+        float* sum = partial.data() + block * dim;
+        const int64_t first = block * per_block, last = std::min(rows, first + per_block);
+        for (int64_t row = first; row < last; ++row) {
           const int64_t at = row * dim;
           backward_row<stream.value>(dy + at, dtotal ? dtotal + at : nullptr, x + at, weight,
                                      rstd[row], dx + at, dbranch ? dbranch + at : nullptr,
-                                     partial.data() + block * dim, dim);
+                                     run.data(), dim);
+          if ((row - first) % kRun != kRun - 1 && row + 1 != last) continue;
+          for_vectors(dim, [&](int64_t i, int, auto lanes) {
+            store(sum + i, load(sum + i, lanes) + load(run.data() + i, lanes), lanes);
+            store(run.data() + i, zero(), lanes);
+          });
         }
       }
       _mm_sfence();

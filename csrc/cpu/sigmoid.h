@@ -1,23 +1,28 @@
-// The logistic function, shared by swiglu and by the epilogue of linear_swiglu: with one formula the
-// two give the same bits in float32.
+// silu(g) * up, shared by swiglu and by the epilogue of linear_swiglu: with one formula the two give
+// the same bits in float32.
 #pragma once
 
 #include "simd.h"
 
 namespace neobert {
 
-// sigmoid(x) and sigmoid(-x), each to about 2 ulp over the whole range: formed from e^-|x|, which
-// does not overflow, so that neither is lost to a difference from 1 or to an infinity.
+// e = e^-|g|, which does not overflow, so that nothing below is lost to a difference from 1 or to an
+// infinity: sigmoid(g) is 1 / (1 + e) or e / (1 + e), by the sign of g.
 template <int U>
-inline __attribute__((always_inline)) void sigmoid(const Vec (&x)[U], Vec (&of)[U],
-                                                   Vec (&of_negated)[U]) {
-  for (int u = 0; u < U; ++u) of[u] = with_minus_sign(x[u]);
-  exp(of);
-  for (int u = 0; u < U; ++u) {
-    const Vec large = reciprocal(of[u] + set1(1.0f)), small = of[u] * large;
-    of[u] = if_negative(x[u], small, large);
-    of_negated[u] = if_negative(x[u], large, small);
-  }
+inline __attribute__((always_inline)) void exp_minus_abs(const Vec (&g)[U], Vec (&e)[U]) {
+  for (int u = 0; u < U; ++u) e[u] = with_minus_sign(g[u]);
+  exp(e);
+}
+
+// The division is cheaper than an estimated reciprocal refined in two multiply-adds, since its unit
+// works beside those that the polynomial of the exponential keeps busy.
+template <int U>
+inline __attribute__((always_inline)) void silu_times(const Vec (&g)[U], const Vec (&up)[U],
+                                                      Vec (&y)[U]) {
+  Vec e[U];
+  exp_minus_abs(g, e);
+  for (int u = 0; u < U; ++u)
+    y[u] = g[u] * if_negative(g[u], e[u], set1(1.0f)) * up[u] / (e[u] + set1(1.0f));
 }
 
 }  // namespace neobert

@@ -43,12 +43,6 @@ inline Vec with_minus_sign(Vec a) { return _mm512_or_ps(a, set1(-0.0f)); }  // -
 inline Vec if_negative(Vec test, Vec yes, Vec no) {  // by the sign bit, lane by lane
   return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(test)), no, yes);
 }
-// 1/x to about 1 ulp for normal x whose reciprocal is normal: an estimate of 14 bits and one step
-// of Newton's method, a third of the time of a division.
-inline Vec reciprocal(Vec x) {
-  const Vec estimate = _mm512_rcp14_ps(x);
-  return fmadd(estimate, fnmadd(x, estimate, set1(1.0f)), estimate);
-}
 // (x0, x1, x2, x3, …) -> (x1, x0, x3, x2, …), (x0, x0, x2, x2, …) and (x1, x1, x3, x3, …).
 inline Vec swap_pairs(Vec a) { return _mm512_permute_ps(a, 0xB1); }
 inline Vec dup_even(Vec a) { return _mm512_moveldup_ps(a); }
@@ -133,7 +127,6 @@ inline float hmax(Vec a) {
 }
 inline Vec with_minus_sign(Vec a) { return _mm256_or_ps(a, set1(-0.0f)); }
 inline Vec if_negative(Vec test, Vec yes, Vec no) { return _mm256_blendv_ps(no, yes, test); }
-inline Vec reciprocal(Vec x) { return set1(1.0f) / x; }  // the 12-bit estimate would need two steps
 inline Vec swap_pairs(Vec a) { return _mm256_permute_ps(a, 0xB1); }
 inline Vec dup_even(Vec a) { return _mm256_moveldup_ps(a); }
 inline Vec dup_odd(Vec a) { return _mm256_movehdup_ps(a); }
@@ -261,6 +254,14 @@ inline __attribute__((always_inline)) void for_groups(int64_t n, F&& f) {
   for_vectors(n - i, [&](int64_t at, int, auto lanes) {
     f(i + at, std::integral_constant<int, 1>{}, lanes);
   });
+}
+
+// Asks for the cache lines of U vectors at p, which may lie outside of any array.
+template <int U, class T>
+inline void prefetch(const T* p) {
+  constexpr int kBytes = U * kWidth * sizeof(T);
+  for (int at = 0; at < kBytes; at += 64)
+    _mm_prefetch(reinterpret_cast<const char*>(p) + at, _MM_HINT_T0);
 }
 
 // Stores v and returns what a reader of it will see.

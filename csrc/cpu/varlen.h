@@ -65,8 +65,9 @@ inline std::vector<int64_t> checked_offsets(const char* op, const Tensor& cu_seq
   STD_TORCH_CHECK(offsets[0] == 0, op, ": cu_seqlens must start at 0, got cu_seqlens[0] = ",
                   offsets[0]);
   for (size_t i = 1; i < offsets.size(); ++i)
-    STD_TORCH_CHECK(offsets[i] >= offsets[i - 1], op, ": cu_seqlens must never fall, got cu_seqlens[",
-                    i, "] = ", offsets[i], " after cu_seqlens[", i - 1, "] = ", offsets[i - 1]);
+    STD_TORCH_CHECK(offsets[i] >= offsets[i - 1], op,
+                    ": cu_seqlens must never fall, got cu_seqlens[", i, "] = ", offsets[i],
+                    " after cu_seqlens[", i - 1, "] = ", offsets[i - 1]);
   STD_TORCH_CHECK(offsets.back() <= tokens, op, ": cu_seqlens ends at ", offsets.back(),
                   " but there are only ", tokens, " tokens");
   for (size_t i = 1; i < offsets.size(); ++i)
@@ -86,8 +87,8 @@ struct Part {
 
 // Calls f(part, head, next) for every part and head; `next` is the head of the same part that the
 // same thread takes next, or -1. Threads pull pieces off a counter, the largest first; a piece is
-// several heads of a part where that leaves pieces enough to balance. Which thread computes what has
-// no effect on any bit. `flops_per_pair` is the cost of one query against one key.
+// several heads of a part where that leaves pieces enough to balance. Which thread computes what
+// has no effect on any bit. `flops_per_pair` is the cost of one query against one key.
 template <class F>
 void for_each_part(std::vector<Part>& parts, int64_t heads, int64_t flops_per_pair, const F& f) {
   const auto cost = [](const Part& p) { return (p.end - p.begin) * p.length; };
