@@ -27,7 +27,8 @@ def test_accuracy(name, dtype):
     case = make(dtype, LENGTHS, "cuda")[name]
     plain, truth = run(case.plain, case.inputs), run(case.plain, case.inputs, wide=True)
     for number, tensors in enumerate(zip(run(case.ours, case.inputs), plain, truth, strict=True)):
-        if dtype == torch.float32:  # one number's error is a whole row's: see tests/interpreted
+        if dtype == torch.float32 or name == "linear_cross_entropy":
+            # One number's error is a whole row's: the yardstick is the largest over all rows.
             tensors = [tensor.flatten() for tensor in tensors]
         assert_accurate(*tensors, f"{name}, output or gradient {number}")
 

@@ -55,11 +55,9 @@ def check(kernels, sizes, dtype):
     truth = plain_torch(hidden, weight, bias, labels, double=True)
     names = ("loss", "dhidden", "dweight", "dbias")
     for name, *tensors in zip(names, ours, plain, truth, strict=True):
-        if dtype == torch.float32:
-            # A row of dweight has the error of one logit, and plain PyTorch's is now and then
-            # zero by luck: its largest over all rows is the yardstick.
-            tensors = [tensor.flatten() for tensor in tensors]
-        assert_accurate(*tensors, name)
+        # A row of dweight has the errors of a few logits, and plain PyTorch's are now and then
+        # small by luck: its largest over all rows is the yardstick.
+        assert_accurate(*(tensor.flatten() for tensor in tensors), name)
     loss = kernels.linear_cross_entropy(hidden, weight, bias, labels, IGNORE)
     assert torch.equal(loss, ours[0]), "the same bits with and without gradients"
 
