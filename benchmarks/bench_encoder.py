@@ -23,7 +23,7 @@ from neobert.packing import pack, token_budget_batches
 from neobert.plain import PlainNeoBERT
 from neobert_kernels import linear, linear_swiglu
 
-ROUNDS = 5
+ROUNDS = 3
 SORTED_BATCH = 8  # rows in a length-sorted padded batch
 GEMMS = {"qkv": (2304, 768), "wo": (768, 768), "w12": (4096, 768), "w3": (768, 2048)}
 
@@ -180,7 +180,7 @@ def test_encoder(benchmark, checkpoint, workload, dtype):
         "gemm_bound_ours": gemm_bound(tokens, dtype, layers, with_ours=True),
         "plain_one_at_a_time": plain_padded(plain, [[row] for row in ids]),
         "plain_sorted": plain_padded(plain, sorted_batches(ids)),
-        "plain_padded": plain_padded(plain, [ids], rounds=3),
+        "plain_padded": plain_padded(plain, [ids], rounds=2),
         "compiled_sorted": plain_padded(compiled, sorted_batches(ids)),
     }
     if dtype == torch.float32:

@@ -1,35 +1,34 @@
-"""Mean pooling of 8,192 tokens in sequences of ragged length."""
+"""Mean pooling of 8,192 packed tokens in sequences of 3 to 512."""
 
 import pytest
 import torch
-from variants import backward_of, choose, each_dtype
+from compare import DIM, DTYPES, TOKENS, backward
 
 from neobert_kernels import pool
 
-LENGTHS = [1024, 17, 500, 33, 2048, 9, 400, 65, 3000, 96, 800, 200]
-TOKENS, DIM = sum(LENGTHS), 768
+
+def boundaries() -> torch.Tensor:
+    lengths = torch.arange(3, 512, 7)
+    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    cu_seqlens = cu_seqlens[cu_seqlens < TOKENS]
+    return torch.cat([cu_seqlens, torch.tensor([TOKENS])]).int()
 
 
-def plain(hidden):
-    """Of what the library offers, the way that needs no padding."""
-    return torch.stack([part.float().mean(0) for part in hidden.split(LENGTHS)])
+def plain(hidden, cu_seqlens):
+    return torch.stack([rows.float().mean(0) for rows in hidden.split(cu_seqlens.diff().tolist())])
 
 
-def ours():
-    cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).int()
-    return lambda hidden: pool(hidden, cu_seqlens)
-
-
-@pytest.mark.parametrize("variant", ["ours", "plain"])
-@each_dtype
-def test_pool(measure, variant, dtype):
-    hidden, fn = torch.randn(TOKENS, DIM, dtype=dtype), choose(variant, ours(), plain)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("implementation", [pool, plain], ids=["ours", "plain"])
+def test_pool(measure, implementation, dtype):
+    hidden, cu_seqlens = torch.randn(TOKENS, DIM).to(dtype), boundaries()
     with torch.inference_mode():
-        measure(lambda: fn(hidden), moved_bytes=hidden.nbytes)
+        measure(lambda: implementation(hidden, cu_seqlens), moved_bytes=hidden.nbytes)
 
 
-@pytest.mark.parametrize("variant", ["ours", "plain"])
-@each_dtype
-def test_pool_backward(measure, variant, dtype):
-    hidden, fn = torch.randn(TOKENS, DIM, dtype=dtype), choose(variant, ours(), plain)
-    measure(backward_of(fn, [hidden]), moved_bytes=hidden.nbytes)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("implementation", [pool, plain], ids=["ours", "plain"])
+def test_pool_backward(measure, implementation, dtype):
+    hidden, cu_seqlens = torch.randn(TOKENS, DIM).to(dtype), boundaries()
+    call = backward(lambda x: implementation(x, cu_seqlens), hidden)
+    measure(call, moved_bytes=hidden.nbytes)

@@ -1,58 +1,52 @@
-"""Rotary embedding of 8,192 tokens, 12 heads of 64: one tensor, and q and k in the packed qkv."""
+"""Rotary embedding at 8,192 tokens: of one tensor, and of q and k inside the packed projection."""
 
 import pytest
 import torch
-from variants import backward_of, choose, each_dtype, each_variant
+from compare import DTYPES, HEAD_DIM, HEADS, IMPLEMENTATIONS, TOKENS, backward, choose
 
 from neobert_kernels import apply_rotary, apply_rotary_qkv_
 
-TOKENS, HEADS, HEAD_DIM = 8192, 12, 64
 
-
-def tables():
-    positions = torch.arange(TOKENS) % 512
-    frequency = 10000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
-    angles = torch.outer(torch.arange(4096.0), frequency)
-    return angles.cos(), angles.sin(), positions
+def tables(length: int = 512) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    frequencies = 10000.0 ** -(torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+    angles = torch.outer(torch.arange(length), frequencies)
+    return angles.cos(), angles.sin(), torch.arange(TOKENS) % length
 
 
 def plain(x, cos, sin, positions):
     cos, sin = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
+    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1)
     return rotated.flatten(-2).to(x.dtype)
 
 
-def both(rotate, others):
-    return lambda x: rotate(x, *others)
+def plain_qkv(qkv, cos, sin, positions):
+    q, k, v = qkv.unbind(2)
+    rotated = (plain(t, cos, sin, positions) for t in (q, k))
+    return torch.stack((*rotated, v), 2)
 
 
-@each_variant
-@each_dtype
-def test_rotary(measure, variant, dtype):
-    x, others = torch.randn(TOKENS, HEADS, HEAD_DIM, dtype=dtype), tables()
-    fn = choose(variant, both(apply_rotary, others), both(plain, others))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rotary(measure, implementation, dtype):
+    x = torch.randn(TOKENS, HEADS, HEAD_DIM).to(dtype)
+    table, fn = tables(), choose(implementation, apply_rotary, plain)
     with torch.inference_mode():
-        measure(lambda: fn(x), moved_bytes=2 * x.nbytes)
+        measure(lambda: fn(x, *table), moved_bytes=2 * x.nbytes)
 
 
-@each_variant
-@each_dtype
-def test_rotary_backward(measure, variant, dtype):
-    x, others = torch.randn(TOKENS, HEADS, HEAD_DIM, dtype=dtype), tables()
-    fn = choose(variant, both(apply_rotary, others), both(plain, others))
-    measure(backward_of(fn, [x]), moved_bytes=2 * x.nbytes)
-
-
-@pytest.mark.parametrize("variant", ["ours", "plain"])
-@each_dtype
-def test_rotary_qkv_in_place(measure, variant, dtype):
-    qkv, others = torch.randn(TOKENS, HEADS, 3, HEAD_DIM, dtype=dtype), tables()
-
-    def plain_qkv_(qkv):
-        for part in (0, 1):
-            qkv[:, :, part] = plain(qkv[:, :, part], *others)
-
-    fn = choose(variant, both(apply_rotary_qkv_, others), plain_qkv_)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rotary_qkv(measure, implementation, dtype):
+    qkv = torch.randn(TOKENS, HEADS, 3, HEAD_DIM).to(dtype)
+    table, fn = tables(), choose(implementation, apply_rotary_qkv_, plain_qkv)
     with torch.inference_mode():
-        measure(lambda: fn(qkv), moved_bytes=2 * qkv.nbytes * 2 // 3)
+        measure(lambda: fn(qkv, *table), moved_bytes=qkv.nbytes * 4 // 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rotary_backward(measure, implementation, dtype):
+    x, table = torch.randn(TOKENS, HEADS, HEAD_DIM).to(dtype), tables()
+    fn = choose(implementation, apply_rotary, plain)
+    measure(backward(lambda t: fn(t, *table), x), moved_bytes=2 * x.nbytes)

@@ -1,12 +1,11 @@
-"""SwiGLU of 8,192 tokens at NeoBERT's width: (8192, 4096) -> (8192, 2048)."""
+"""SwiGLU at 8,192 tokens of NeoBERT's width."""
 
+import pytest
 import torch
 import torch.nn.functional as F
-from variants import backward_of, choose, each_dtype, each_variant
+from compare import DTYPES, IMPLEMENTATIONS, TOKENS, WIDTH, backward, choose
 
 from neobert_kernels import swiglu
-
-TOKENS, WIDTH = 8192, 2048
 
 
 def plain(gate_up):
@@ -14,18 +13,18 @@ def plain(gate_up):
     return F.silu(gate) * up
 
 
-@each_variant
-@each_dtype
-def test_swiglu(measure, variant, dtype):
-    gate_up = torch.randn(TOKENS, 2 * WIDTH, dtype=dtype)
-    fn = choose(variant, swiglu, plain)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_swiglu(measure, implementation, dtype):
+    gate_up = torch.randn(TOKENS, 2 * WIDTH).to(dtype)
+    fn = choose(implementation, swiglu, plain)
     with torch.inference_mode():
         measure(lambda: fn(gate_up), moved_bytes=gate_up.nbytes * 3 // 2)
 
 
-@each_variant
-@each_dtype
-def test_swiglu_backward(measure, variant, dtype):
-    gate_up = torch.randn(TOKENS, 2 * WIDTH, dtype=dtype)
-    fn = choose(variant, swiglu, plain)
-    measure(backward_of(fn, [gate_up]), moved_bytes=gate_up.nbytes * 5 // 2)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_swiglu_backward(measure, implementation, dtype):
+    gate_up = torch.randn(TOKENS, 2 * WIDTH).to(dtype)
+    fn = choose(implementation, swiglu, plain)
+    measure(backward(fn, gate_up), moved_bytes=gate_up.nbytes * 5 // 2)

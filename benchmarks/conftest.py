@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from timing import best_seconds, copy_bytes_per_second, keep_freed_memory, write_results
+from timing import copy_bytes_per_second, keep_freed_memory, median_seconds, write_results
 
 
 def pytest_configure(config):
@@ -30,7 +30,7 @@ def copy_bandwidth() -> Callable[[int], float]:
 
 @pytest.fixture
 def measure(benchmark, copy_bandwidth) -> Callable:
-    """measure(fn, moved_bytes=None, flop=None, seconds=0.5): times fn, returns its best seconds.
+    """measure(fn, moved_bytes=None, flop=None, seconds=0.5): times fn, returns its median seconds.
 
     moved_bytes are the bytes that fn must at least read and write; flop its floating-point
     operations.
@@ -42,20 +42,20 @@ def measure(benchmark, copy_bandwidth) -> Callable:
         flop: int | None = None,
         seconds: float = 0.5,
     ) -> float:
-        estimate = best_seconds(fn, budget=0.0)
+        estimate = median_seconds(fn, budget=0.0)
         calls = max(1, round(1e-4 / estimate))
         rounds = min(1000, max(5, round(seconds / (estimate * calls))))
         benchmark.pedantic(fn, rounds=rounds, iterations=calls, warmup_rounds=1)
         if benchmark.stats is None:  # --benchmark-disable: fn ran once, nothing was timed
             return float("nan")
-        best = benchmark.stats.stats.min
+        median = benchmark.stats.stats.median
         if moved_bytes is not None:
-            benchmark.extra_info["GB/s"] = round(moved_bytes / best / 1e9, 2)
-            share = moved_bytes / best / copy_bandwidth(moved_bytes)
+            benchmark.extra_info["GB/s"] = round(moved_bytes / median / 1e9, 2)
+            share = moved_bytes / median / copy_bandwidth(moved_bytes)
             benchmark.extra_info["share_of_copy"] = round(share, 3)
         if flop is not None:
-            benchmark.extra_info["GFLOP/s"] = round(flop / best / 1e9, 1)
-        return best
+            benchmark.extra_info["GFLOP/s"] = round(flop / median / 1e9, 1)
+        return median
 
     return run
 
@@ -64,7 +64,6 @@ def pytest_sessionfinish(session):
     timed = getattr(session.config, "_benchmarksession", None)
     figures = {
         bench.fullname.split("/")[-1]: {
-            "best_s": bench.stats.min,
             "median_s": bench.stats.median,
             "rounds": bench.stats.rounds,
             **bench.extra_info,

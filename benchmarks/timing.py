@@ -1,15 +1,15 @@
 """How a figure is taken, and where it goes: benchmarks/results/<machine>.json.
 
-Every figure is the best of its rounds. On a shared machine an interruption only ever makes a round
-slower, and the copy that a kernel is held against is measured the same way in the same session.
+Every figure is the median of its rounds, and the copy that a kernel is held against is measured the
+same way beside it: a shared machine's speed drifts, and a share of the copy drifts less.
 """
 
 import ctypes
 import datetime
 import json
-import math
 import platform
 import re
+import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -22,15 +22,16 @@ from neobert_kernels import _compiled
 RESULTS = Path(__file__).parent / "results"
 
 
-def best_seconds(fn: Callable[[], object], budget: float = 0.3) -> float:
-    """The fastest of as many calls as fit into `budget` seconds, at least 5, after two warm-ups."""
+def median_seconds(fn: Callable[[], object], budget: float = 0.3) -> float:
+    """The median of as many calls as fit into `budget` seconds, at least 5, after two warm-ups."""
     fn(), fn()
-    best, deadline, calls = math.inf, time.perf_counter() + budget, 0
-    while calls < 5 or time.perf_counter() < deadline:
+    seconds: list[float] = []
+    deadline = time.perf_counter() + budget
+    while len(seconds) < 5 or time.perf_counter() < deadline:
         start = time.perf_counter()
         fn()
-        best, calls = min(best, time.perf_counter() - start), calls + 1
-    return best
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
 
 
 def copy_bytes_per_second(moved_bytes: int) -> float:
@@ -41,7 +42,7 @@ def copy_bytes_per_second(moved_bytes: int) -> float:
     """
     source = torch.ones(max(1, moved_bytes // 8))
     target = torch.empty_like(source)
-    return 8 * source.numel() / best_seconds(lambda: target.copy_(source))
+    return 8 * source.numel() / median_seconds(lambda: target.copy_(source))
 
 
 def keep_freed_memory() -> None:

@@ -5,25 +5,37 @@ import torch
 import neobert_kernels  # noqa: F401  (registers every op)
 from neobert_kernels import _compiled
 from neobert_kernels._library import OPS, has_kernel
+from neobert_kernels.linear import PYTORCH_GEMM_DTYPES
+
+
+def served_by(name: str, key: str) -> str:
+    """What the dispatcher would call for op `name` under dispatch key "CPU" or "CUDA"."""
+    if not has_kernel(name, key):
+        return "plain PyTorch"
+    if key == "CPU":
+        return f"C++ ({_compiled.LOADED})" if _compiled.LOADED else "C++"
+    # The dispatcher remembers the source file of each registration.
+    registrations = torch._C._dispatch_dump(f"neobert::{name}").splitlines()
+    from_csrc = any(line.startswith("CUDA:") and "csrc/cuda/" in line for line in registrations)
+    return "CUDA C++" if from_csrc else "Triton"
 
 
 def table() -> str:
     """The ops, and for CPU and CUDA the kernel that the dispatcher would call."""
-    cpu = f"C++ ({_compiled.LOADED})" if _compiled.LOADED else "C++"
     lines = [f"{'op':<28} {'CPU':<22} CUDA"]
     for name in OPS:
-        served = [
-            label if has_kernel(name, key) else "plain PyTorch"
-            for key, label in (("CPU", cpu), ("CUDA", "Triton"))
-        ]
-        lines.append(f"{name:<28} {served[0]:<22} {served[1]}")
+        lines.append(f"{name:<28} {served_by(name, 'CPU'):<22} {served_by(name, 'CUDA')}")
     return "\n".join(lines)
 
 
 def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print(f"CPU kernels: {_compiled.status()}\n")
+    print(f"CPU kernels: {_compiled.status()}")
+    print(f"CUDA kernels: {_compiled.cuda_status()}\n")
     print(table())
+    if PYTORCH_GEMM_DTYPES:
+        dtypes = ", ".join(sorted(str(dtype) for dtype in PYTORCH_GEMM_DTYPES))
+        print(f"\nlinear, linear_swiglu: on this CPU (AMX) PyTorch's own GEMM serves {dtypes}")
 
 
 if __name__ == "__main__":

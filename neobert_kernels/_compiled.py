@@ -1,4 +1,4 @@
-"""Loads the C++ CPU kernels for this machine's instruction set, where they were built."""
+"""Loads the C++ kernels, where they were built: for this CPU's instruction set, and for CUDA."""
 
 import json
 from pathlib import Path
@@ -28,6 +28,15 @@ def status() -> str:
     return f"no C++ kernels for this CPU (torch reports {torch.backends.cpu.get_cpu_capability()})"
 
 
+def cuda_status() -> str:
+    """One line that says whether the CUDA C++ kernels are in use, or why not."""
+    if CUDA_LOADED:
+        return f"CUDA C++, built for {', '.join(_BUILD['cuda'])}"
+    if not _BUILD["cuda"]:
+        return f"CUDA C++ kernels not built: {_BUILD['cuda_not_built']}"
+    return "CUDA C++ kernels built, not loaded: this torch has no CUDA"
+
+
 def _load() -> str | None:
     isa = instruction_set()
     if isa is None or isa not in _BUILD["cpu"]:
@@ -36,10 +45,22 @@ def _load() -> str | None:
     return isa
 
 
+def _load_cuda() -> bool:
+    # Asks how torch was built, not whether there is a GPU: that would start the driver at import.
+    if not _BUILD["cuda"] or torch.version.cuda is None:
+        return False
+    torch.ops.load_library(str(_FOLDER / "libneobert_cuda.so"))
+    return True
+
+
 _manifest = _FOLDER / "build.json"
-_BUILD = (
-    json.loads(_manifest.read_text())
-    if _manifest.exists()
-    else {"cpu": [], "cpu_not_built": "the package was not installed (run `pip install -e .`)"}
-)
+_not_installed = "the package was not installed (run `pip install -e .`)"
+_BUILD = {
+    "cpu": [],
+    "cpu_not_built": _not_installed,
+    "cuda": [],
+    "cuda_not_built": _not_installed,
+    **(json.loads(_manifest.read_text()) if _manifest.exists() else {}),
+}
 LOADED = _load()
+CUDA_LOADED = _load_cuda()

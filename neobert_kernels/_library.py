@@ -12,6 +12,7 @@ import torch
 lib = torch.library.Library("neobert", "DEF")
 ops = torch.ops.neobert
 OPS: list[str] = []
+_PYTHON_KERNELS: set[tuple[str, str]] = set()
 
 
 def define(schema: str, reference: Callable, fake: Callable | None = None) -> None:
@@ -28,12 +29,15 @@ def define(schema: str, reference: Callable, fake: Callable | None = None) -> No
 
 
 def impl(name: str, key: str) -> Callable[[Callable], Callable]:
-    """Decorator: this function is the `key` ("CPU", "CUDA") kernel of op `name`."""
+    """Decorator: this function is the `key` ("CPU", "CUDA") kernel of op `name`, unless the
+    compiled library, which is loaded before any Python kernel, has brought one."""
 
     def register(fn: Callable) -> Callable:
-        if has_kernel(name, key):
-            raise RuntimeError(f"neobert::{name} already has a {key} kernel")
-        lib.impl(name, fn, key)
+        if (name, key) in _PYTHON_KERNELS:
+            raise RuntimeError(f"neobert::{name} already has a {key} kernel in Python")
+        _PYTHON_KERNELS.add((name, key))
+        if not has_kernel(name, key):
+            lib.impl(name, fn, key)
         return fn
 
     return register

@@ -9,6 +9,15 @@ from ._library import define, ops
 from .swiglu import reference as swiglu_reference
 from .swiglu import swiglu
 
+# The dtypes that PyTorch's own GEMM serves on this CPU, decided once, here: with AMX tiles oneDNN
+# multiplies 16-bit matrices several times faster than the vector instructions of our kernel can.
+# `python -m neobert_kernels` shows it.
+PYTORCH_GEMM_DTYPES = (
+    frozenset({torch.bfloat16, torch.float16})
+    if torch.cpu._is_amx_tile_supported()
+    else frozenset()
+)
+
 
 def linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
     """x @ weight.T, plus the residual stream where one is given. Honours autocast.
@@ -20,7 +29,10 @@ def linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
 
     Returns:
         (tokens, out_features) in residual.dtype if a residual is given, else in x.dtype (the
-        autocast dtype under autocast). Differentiable in all three.
+        autocast dtype under autocast). Differentiable in all three. On a CPU a row's bits depend on
+        that row of x alone, not on the other rows or on the number of threads (but see
+        `PYTORCH_GEMM_DTYPES`), and where the CPU multiplies bfloat16 itself, denormal bfloat16
+        inputs and products count as zero.
 
     Raises:
         TypeError: a dtype that is not served, or x and weight of different dtypes.
@@ -38,7 +50,7 @@ def linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
             )
     if torch.is_grad_enabled():
         return _Linear.apply(x, weight, residual)
-    return ops.linear(x, weight, residual)
+    return _forward(x, weight, residual)
 
 
 def linear_swiglu(x: Tensor, weight: Tensor) -> Tensor:
@@ -66,6 +78,8 @@ def linear_swiglu(x: Tensor, weight: Tensor) -> Tensor:
         )
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return swiglu(_Linear.apply(x, weight, None))
+    if _served_by_pytorch(x):
+        return swiglu(_forward(x, weight, None))
     return ops.linear_swiglu(x, weight)
 
 
@@ -74,6 +88,16 @@ def _autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         dtype = torch.get_autocast_dtype(x.device.type)
         return x.to(dtype), weight.to(dtype)
     return x, weight
+
+
+def _served_by_pytorch(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in PYTORCH_GEMM_DTYPES
+
+
+def _forward(x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
+    if _served_by_pytorch(x):
+        return reference(x, weight, residual)
+    return ops.linear(x, weight, residual)
 
 
 def _check(op: str, x: Tensor, weight: Tensor) -> None:
@@ -92,7 +116,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, residual):
         ctx.save_for_backward(x, weight)
         ctx.residual_dtype = None if residual is None else residual.dtype
-        return ops.linear(x, weight, residual)
+        return _forward(x, weight, residual)
 
     @staticmethod
     def backward(ctx, dy):

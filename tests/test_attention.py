@@ -1,5 +1,7 @@
 """varlen_attention: accuracy against float64, isolation of sequences, and what it refuses."""
 
+import itertools
+
 import pytest
 import torch
 from accuracy import assert_accurate
@@ -33,7 +35,7 @@ def plain(qkv: Tensor, dout: Tensor, cu_seqlens: Tensor, dtype: torch.dtype) -> 
     """out, dq, dk, dv by softmax(q kᵀ / sqrt(head_dim)) v and autograd, sequence by sequence."""
     q, k, v = (t.to(dtype, copy=True).requires_grad_() for t in qkv.unbind(2))
     outs, bounds = [], cu_seqlens.tolist()
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         qs, ks, vs = (t[start:end].transpose(0, 1) for t in (q, k, v))
         p = torch.softmax(qs @ ks.transpose(1, 2) * qkv.shape[-1] ** -0.5, -1)
         outs.append((p @ vs).transpose(0, 1))

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from isa import OLDER, run_on
 
 import neobert_kernels as nk
 from neobert_kernels import __main__ as table
-from neobert_kernels import _compiled
-from neobert_kernels._library import OPS, has_kernel, impl, ops
+from neobert_kernels import _compiled, _library
+from neobert_kernels._library import OPS, has_kernel, ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOKENS, HEADS, HEAD_DIM, DIM = 11, 2, 16, 24
@@ -156,10 +157,22 @@ def test_table_as_a_program():
     assert all(f"\n{name} " in out for name in OPS)
 
 
-def test_second_kernel_for_a_key_is_refused():
-    name = next(name for name in OPS if has_kernel(name, "CPU"))
-    with pytest.raises(RuntimeError, match=f"neobert::{name} already has a CPU kernel"):
-        impl(name, "CPU")(lambda *arguments: None)
+def test_second_python_kernel_for_a_key_is_refused(monkeypatch):
+    monkeypatch.setattr(_library, "_PYTHON_KERNELS", {("rms_norm", "CUDA")})
+    with pytest.raises(RuntimeError, match="neobert::rms_norm already has a CUDA kernel in Python"):
+        _library.impl("rms_norm", "CUDA")(lambda *arguments: None)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_python_kernel_stands_back_for_a_compiled_one(monkeypatch, compiled):
+    registered = []
+    monkeypatch.setattr(_library, "_PYTHON_KERNELS", set())
+    monkeypatch.setattr(_library, "has_kernel", lambda name, key: compiled)
+    monkeypatch.setattr(
+        _library, "lib", SimpleNamespace(impl=lambda *arguments: registered.append(arguments))
+    )
+    _library.impl("rms_norm", "CUDA")(print)
+    assert registered == ([] if compiled else [("rms_norm", print, "CUDA")])
 
 
 def test_public_names():

@@ -60,7 +60,7 @@ float softmax_row(const float* scores, typename Dot::Value* p, int64_t keys, flo
 }
 
 template <class T, class Dot>
-void attend(const Forward<T>& args, const Part& part, int64_t head) {
+void attend(const Forward<T>& args, const Part& part, int64_t head, int64_t next_head) {
   using Value = typename Dot::Value;
   static thread_local Buffer<Value> keys_buffer, values_buffer, p_buffer, q_buffer;
   static thread_local Buffer<float> scores_buffer, out_buffer, stats_buffer;
@@ -100,6 +100,11 @@ void attend(const Forward<T>& args, const Part& part, int64_t head) {
       const int64_t row = rows * g / groups;
       const int count = static_cast<int>(rows * (g + 1) / groups - row);
       const int64_t token = part.start + part.begin + row;
+
+      if (last && next_head >= 0)
+        for (int i = 0; i < count; ++i)
+          for (const auto* rows : {&args.q, &args.k, &args.v})
+            prefetch_row(rows->at(token + i, next_head), dim);
 
       OperandA<Value> q_rows{nullptr, columns, Dot::kDepth};
       if constexpr (q_in_place) {
@@ -185,8 +190,8 @@ std::tuple<Tensor, Tensor> varlen_attention(const Tensor& q, const Tensor& k, co
     const Forward<T> args{rows_of<T>(q), rows_of<T>(k), rows_of<T>(v), data<T>(out),
                           data<float>(lse), tokens, heads, dim, scale < 0 ? -1.0f : 1.0f,
                           static_cast<float>(std::abs(scale))};
-    for_each_part(parts, heads, 4 * dim, [&](const Part& part, int64_t head) {
-      attend<T, Dot>(args, part, head);
+    for_each_part(parts, heads, 4 * dim, [&](const Part& part, int64_t head, int64_t next) {
+      attend<T, Dot>(args, part, head, next);
     });
     const int64_t end = offsets.back();
     fill_zero(args.out + end * heads * dim, (tokens - end) * heads * dim);

@@ -1,8 +1,8 @@
 // Attention over packed sequences, backward. The probabilities are recomputed from the log-sum-exp
 // (Dao et al. 2022, algorithm 4). One piece of work is a range of keys of one sequence and head
-// against all its queries, block by block. It owns dk and dv of its keys and adds into a float32 dq:
-// nobody else's where the range is the whole sequence, otherwise one of a few partial sums that are
-// added up afterwards in order. No atomics: the bits depend on the sequence alone.
+// against all its queries, block by block. It owns dk and dv of its keys, and a float32 dq: all of
+// it where the range is the whole sequence, otherwise one of a few partial sums that are added up
+// afterwards in order. No atomics: the bits depend on the sequence alone.
 #include "varlen.h"
 
 namespace neobert {
@@ -61,8 +61,9 @@ void probabilities(float* scores, float* dp, int64_t keys, float scale, float ls
   }
 }
 
-// The same where the row holds all keys. Then delta is the sum of p dp, whose rounding errors cancel
-// against dp's where one key has nearly all the weight, and p sums to one whatever lse was rounded to.
+// The same where the row holds all keys. Then delta is the sum of p dp, whose rounding errors
+// cancel against dp's where one key has nearly all the weight, and p sums to one however lse was
+// rounded.
 template <class Dot>
 void all_probabilities(float* scores, float* dp, int64_t keys, float scale, float lse) {
   const Vec factor = set1(scale), shift = set1(lse);
@@ -104,7 +105,8 @@ void narrow_row(const float* row, int64_t keys, bf16* to) {
 #endif
 
 template <class T, class Dot>
-void differentiate(const Backward<T>& args, const Part& part, int64_t head, float* partial_dq) {
+void differentiate(const Backward<T>& args, const Part& part, int64_t head, int64_t next_head,
+                   float* partial_dq) {
   using Value = typename Dot::Value;
   constexpr int kDepth = Dot::kDepth;
   static thread_local Scratch<Value> scratch;
@@ -155,6 +157,10 @@ void differentiate(const Backward<T>& args, const Part& part, int64_t head, floa
       // A few queries against the block of keys: p, ds, and their dq.
       for (int64_t row = 0; row < queries; row += kTileRows) {
         const int count = static_cast<int>(std::min<int64_t>(kTileRows, queries - row));
+        if (last_keys && next_head >= 0)
+          for (int i = 0; i < count; ++i)
+            for (const auto* rows : {&args.q, &args.k, &args.v, &args.dout})
+              prefetch_row(rows->at(start + q0 + row + i, next_head), dim);
         float* s_rows = scores + row * kStride;
         float* dp_rows = dp + row * kStride;
         OperandA<Value> q_rows{nullptr, columns, 1}, dout_rows{nullptr, columns, 1}, ds_rows;
@@ -309,11 +315,11 @@ Tensor varlen_attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k
     const Backward<T> args{rows_of<T>(dout), rows_of<T>(q), rows_of<T>(k), rows_of<T>(v),
                            rows_of<T>(out), data<float>(lse), data<T>(dqkv), tokens, heads, dim,
                            columns, static_cast<float>(scale)};
-    for_each_part(parts, heads, 10 * dim, [&](const Part& part, int64_t head) {
+    for_each_part(parts, heads, 10 * dim, [&](const Part& part, int64_t head, int64_t next) {
       float* dq = part.partial == Part::kNoPartial
                       ? nullptr
                       : data<float>(partial_dq) + part.partial + head * part.length * columns;
-      differentiate<T, Dot>(args, part, head, dq);
+      differentiate<T, Dot>(args, part, head, next, dq);
     });
     for (const Split& split : splits) add_partial_dq(args, split, data<float>(partial_dq));
     const int64_t end = offsets.back();

@@ -21,7 +21,7 @@ constexpr int kRows = 14;  // 28 accumulators, 2 vectors of the panel, a broadca
 #else
 constexpr int kRows = 6;  // 12 + 2 + 1 of 16
 #endif
-constexpr int64_t kBlock = 256;  // in lanes, see below
+constexpr int64_t kBlock = 192;  // in lanes, see below; a multiple of 16
 
 // What one 32-bit lane holds: a float32, or where the CPU multiplies them, two bfloat16 that are
 // neighbours in k.
@@ -139,9 +139,10 @@ void copy_block(const X* x, int64_t stride, int64_t rows, int64_t elements, floa
 }
 
 // Memory to bring into the second-level cache while the arithmetic units are busy: `count` pieces
-// of kPiece bytes, `step` bytes apart.
+// of kPiece bytes, which is a row of a block, `step` bytes apart.
 struct Ahead {
-  static constexpr int kPiece = 1024;
+  static constexpr int64_t kLanes = kBlock / 16;  // multiplied per piece: enough for kRows pieces
+  static constexpr int64_t kPiece = kBlock * sizeof(float);
   const char* at = nullptr;
   int64_t step = 0;
   int64_t count = 0;
@@ -151,17 +152,16 @@ struct Ahead {
 template <class Lane, int kTileRows>
 void multiply_tile(const float* block, int64_t lanes, const float* panel, bool first, float* tile,
                    Ahead ahead) {
-  constexpr int kStep = 16;         // lanes per piece of `ahead`
-  constexpr int kPanelAhead = 4;    // the hardware follows the panel too late by itself
+  constexpr int kPanelAhead = 4;  // the hardware follows the panel too late by itself
   Vec acc[kTileRows][2];
 #pragma GCC unroll 16
   for (int r = 0; r < kTileRows; ++r) acc[r][0] = acc[r][1] = zero();
   for (const float* const end = block + lanes; block < end;) {
     if (ahead.count-- > 0) {
-      for (int i = 0; i < Ahead::kPiece; i += 64) _mm_prefetch(ahead.at + i, _MM_HINT_T1);
+      for (int64_t i = 0; i < Ahead::kPiece; i += 64) _mm_prefetch(ahead.at + i, _MM_HINT_T1);
       ahead.at += ahead.step;
     }
-    for (const float* const stop = std::min(end, block + kStep); block < stop; ++block) {
+    for (const float* const stop = std::min(end, block + Ahead::kLanes); block < stop; ++block) {
       _mm_prefetch(panel + kPanelAhead * kCols, _MM_HINT_T0);
       if constexpr (kCols * sizeof(float) > 64)
         _mm_prefetch(panel + kPanelAhead * kCols + kWidth, _MM_HINT_T0);

@@ -2,6 +2,9 @@
 // still in the first-level cache.
 #include <atomic>
 #include <memory>
+#include <numeric>
+
+#include <unistd.h>
 
 #include "gemm.h"
 #include "kernel.h"
@@ -12,10 +15,7 @@ namespace {
 
 using namespace gemm;
 
-// Panels that one task multiplies x by: what leaves room in the second-level cache for the next
-// task's weights, and at most kMaxGroup.
-constexpr int64_t kPanelBytes = 400 << 10;
-constexpr int64_t kMaxGroup = 16;
+constexpr int64_t kMaxGroup = 16;  // panels per task
 // A task of fewer rows would spend more than 3 % of its time transposing the weight.
 constexpr int64_t kMinChunk = 12 * kRows;
 
@@ -27,6 +27,15 @@ struct Rows {
   int64_t stride;
   const X* operator[](int64_t i) const { return data + i * stride; }
 };
+
+// What the panels of a task may fill: most of a core's second-level cache.
+int64_t panel_bytes() {
+  static const int64_t bytes = [] {
+    const int64_t cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    return (cache > 0 ? cache : 512 << 10) / 4 * 3;
+  }();
+  return bytes;
+}
 
 // A thread's own buffers: they live as long as it does, so that no call pays for fresh pages.
 float* panel_memory(int64_t floats) {
@@ -62,33 +71,44 @@ struct Product {
 
   int64_t panels = ceil_div(columns.width, columns.step);
   int64_t panel_floats = lanes_of<Lane>(in_features) * kCols;
-  int64_t group = 1, groups = 1, chunks = 1;
+  int64_t groups = 1, chunks = 1;  // of panels, of tokens: a task is one of each
+
+  // As few groups as the cache allows, then enough tasks for threads to end together: chunks where
+  // there are tokens enough to pay for packing again, else smaller groups.
+  void split(int64_t threads) {
+    const int64_t one_panel = std::max<int64_t>(1, panel_floats * sizeof(float));
+    groups = ceil_div(panels, std::clamp<int64_t>(panel_bytes() / one_panel, 1, kMaxGroup));
+    chunks = std::clamp<int64_t>(tokens / kMinChunk, 1, ceil_div(8 * threads, groups));
+    groups = std::max(groups, ceil_div(4 * threads, chunks));
+    const int64_t multiple = threads / std::gcd(threads, chunks);
+    groups = std::min(panels, ceil_div(groups, multiple) * multiple);
+  }
+
+  int64_t first_panel(int64_t task) const { return panels * (task / chunks) / groups; }
+  int64_t first_token(int64_t chunk) const { return tokens * chunk / chunks; }
 
   void run() {
-    // Enough tasks that threads end together, but not so few rows each that packing shows.
+    if (tokens == 0 || panels == 0) return;
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t fit = kPanelBytes / static_cast<int64_t>(panel_floats * sizeof(float));
-    group = std::clamp<int64_t>(panels / (4 * threads), 1, std::clamp<int64_t>(fit, 1, kMaxGroup));
-    groups = ceil_div(panels, group);
-    chunks = std::clamp<int64_t>(tokens / kMinChunk, 1, ceil_div(4 * threads, groups));
+    split(threads);
     const int64_t tasks = groups * chunks;
     std::atomic<int64_t> next{0};
     torch::stable::parallel_for(0, std::min(threads, tasks), 1, [&](int64_t, int64_t) {
-      float* const memory = panel_memory(group * panel_floats);
+      float* const memory = panel_memory(ceil_div(panels, groups) * panel_floats);
       // A thread claims its next task before it works on this one, to fetch its weights meanwhile.
       for (int64_t task = next++, following; task < tasks; task = following) {
         following = next++;
-        const int64_t first = task / chunks * group;
-        const int64_t count = std::min(group, panels - first);
+        const int64_t first = first_panel(task), count = first_panel(task + chunks) - first;
         for (int64_t p = 0; p < count; ++p) pack_panel(first + p, memory + p * panel_floats);
         Ahead weights;
         if (following < tasks && following / chunks != task / chunks) {
-          const int64_t row = following / chunks * group * columns.step;
-          weights = {reinterpret_cast<const char*>(weight[row]), Ahead::kPiece,
-                     group * columns.step * in_features * int64_t{sizeof(X)} / Ahead::kPiece};
+          const int64_t from = first_panel(following) * columns.step;
+          const int64_t to = std::min(columns.width, first_panel(following + chunks) * columns.step);
+          weights = {reinterpret_cast<const char*>(weight[from]), Ahead::kPiece,
+                     (to - from) * weight.stride * int64_t{sizeof(X)} / Ahead::kPiece};
         }
-        multiply_rows(tokens * (task % chunks) / chunks, tokens * (task % chunks + 1) / chunks,
-                      memory, first, count, weights);
+        const int64_t chunk = task % chunks;
+        multiply_rows(first_token(chunk), first_token(chunk + 1), memory, first, count, weights);
       }
     });
   }
@@ -125,8 +145,9 @@ struct Product {
           multiply_tile(block, lanes, memory + p * panel_floats + at / Lane::kPerLane * kCols,
                         at == 0, tile[p], ahead);
           if (p > 0) {
-            weights.at += ceil_div(lanes, 16) * weights.step;
-            weights.count -= ceil_div(lanes, 16);
+            const int64_t pieces = ceil_div(lanes, Ahead::kLanes);
+            weights.at += pieces * weights.step;
+            weights.count -= pieces;
           }
           ahead = weights;
         }

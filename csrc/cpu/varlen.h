@@ -65,8 +65,9 @@ inline std::vector<int64_t> checked_offsets(const char* op, const Tensor& cu_seq
   STD_TORCH_CHECK(offsets[0] == 0, op, ": cu_seqlens must start at 0, got cu_seqlens[0] = ",
                   offsets[0]);
   for (size_t i = 1; i < offsets.size(); ++i)
-    STD_TORCH_CHECK(offsets[i] >= offsets[i - 1], op, ": cu_seqlens must never fall, got cu_seqlens[",
-                    i, "] = ", offsets[i], " after cu_seqlens[", i - 1, "] = ", offsets[i - 1]);
+    STD_TORCH_CHECK(offsets[i] >= offsets[i - 1], op,
+                    ": cu_seqlens must never fall, got cu_seqlens[", i, "] = ", offsets[i],
+                    " after cu_seqlens[", i - 1, "] = ", offsets[i - 1]);
   STD_TORCH_CHECK(offsets.back() <= tokens, op, ": cu_seqlens ends at ", offsets.back(),
                   " but there are only ", tokens, " tokens");
   for (size_t i = 1; i < offsets.size(); ++i)
@@ -84,24 +85,48 @@ struct Part {
   int64_t partial = kNoPartial;  // where its partial result lies, if others must be added to it
 };
 
-// Threads pull (part, head) pairs off a counter, the largest first, heads of a part in a row. Which
-// thread computes what has no effect on any bit. `flops_per_pair` is the cost of one query against
-// one key; small work is not worth the hand-over to many threads.
+// Calls f(part, head, next) for every part and head; `next` is the head of the same part that the
+// same thread takes next, or -1. Threads pull pieces off a counter, the largest first; a piece is
+// several heads of a part where that leaves pieces enough to balance. Which thread computes what
+// has no effect on any bit. `flops_per_pair` is the cost of one query against one key.
 template <class F>
 void for_each_part(std::vector<Part>& parts, int64_t heads, int64_t flops_per_pair, const F& f) {
   const auto cost = [](const Part& p) { return (p.end - p.begin) * p.length; };
   std::stable_sort(parts.begin(), parts.end(),
                    [&](const Part& a, const Part& b) { return cost(a) > cost(b); });
-  double flops = 0;
-  for (const Part& p : parts) flops += static_cast<double>(cost(p)) * heads * flops_per_pair;
-  const int64_t items = static_cast<int64_t>(parts.size()) * heads;
-  const int64_t worthwhile = 1 + static_cast<int64_t>(flops / 1e6);
-  const int64_t threads =
-      std::min({static_cast<int64_t>(torch::stable::get_num_threads()), items, worthwhile});
-  std::atomic<int64_t> next{0};
+  double total = 0;
+  for (const Part& p : parts) total += static_cast<double>(cost(p)) * heads;
+  // Small work is not worth the hand-over to many threads.
+  const int64_t worthwhile = 1 + static_cast<int64_t>(total * flops_per_pair / 1e6);
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), worthwhile);
+  const double share = total / (32.0 * threads);
+
+  struct Piece {
+    const Part* part;
+    int64_t head, end;
+  };
+  std::vector<Piece> pieces;
+  for (const Part& p : parts) {
+    const int64_t together = std::clamp<int64_t>(share / cost(p), 1, heads);
+    for (int64_t head = 0; head < heads; head += together)
+      pieces.push_back({&p, head, std::min(heads, head + together)});
+  }
+  std::atomic<size_t> counter{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t item = next++; item < items; item = next++) f(parts[item / heads], item % heads);
+    for (size_t i = counter++; i < pieces.size(); i = counter++) {
+      const Piece& piece = pieces[i];
+      for (int64_t head = piece.head; head < piece.end; ++head)
+        f(*piece.part, head, head + 1 < piece.end ? head + 1 : -1);
+    }
   });
+}
+
+// Rows of one head lie far apart, a few cache lines in each page: the hardware sees no stream.
+template <class T>
+inline void prefetch_row(const T* row, int64_t dim) {
+  const char* from = reinterpret_cast<const char*>(row);
+  for (int64_t at = 0; at < dim * static_cast<int64_t>(sizeof(T)); at += 64)
+    __builtin_prefetch(from + at);
 }
 
 // Memory of one thread that outlives the call: at most a few MiB, and growing it anew in every call

@@ -1,0 +1,9 @@
+// Stands in for the CUDA toolkit's header: PyTorch's own host type rounds as the GPU does.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+
+using __nv_bfloat16 = torch::headeronly::BFloat16;
+
+inline float __bfloat162float(__nv_bfloat16 v) { return static_cast<float>(v); }
+inline __nv_bfloat16 __float2bfloat16_rn(float v) { return __nv_bfloat16(v); }
