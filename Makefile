@@ -10,13 +10,15 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test bench lint format clean
+.PHONY: help setup demo test bench gpu budgets lint format clean
 
 help:
 	@echo "make setup   virtual environment in .venv, kernels built, package installed (editable)"
 	@echo "make demo    embed real text with a full-size NeoBERT and compare with plain PyTorch"
 	@echo "make test    all tests"
 	@echo "make bench   all benchmarks, into benchmarks/results/"
+	@echo "make gpu     on a machine with a CUDA GPU: its tests, then the ops' benchmarks"
+	@echo "make budgets refresh the registers and shared memory that each Triton kernel may use"
 	@echo "make lint    ruff (check and format) and mypy"
 
 setup: $(READY)
@@ -38,6 +40,16 @@ test: setup
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+OP_BENCHMARKS := $(patsubst %,benchmarks/bench_%.py,rms_norm swiglu rotary pooling cross_entropy)
+gpu: setup
+	$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('no CUDA GPU')"
+	$(BIN)/python -m neobert_kernels
+	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python -m pytest $(OP_BENCHMARKS) --benchmark-only
+
+budgets: setup
+	$(BIN)/python tests/budgets.py
 
 lint: setup
 	$(BIN)/ruff check .

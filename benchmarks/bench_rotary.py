@@ -1,16 +1,16 @@
-"""Rotary embedding at 8,192 tokens: of one tensor, and of q and k inside the packed projection."""
+"""Rotary embedding of one tensor, and of q and k inside the packed projection."""
 
 import pytest
 import torch
-from compare import DTYPES, HEAD_DIM, HEADS, IMPLEMENTATIONS, TOKENS, backward, choose
+from compare import DTYPES, HEAD_DIM, HEADS, IMPLEMENTATIONS, backward, choose
 
 from neobert_kernels import apply_rotary, apply_rotary_qkv_
 
 
-def tables(length: int = 512) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def tables(tokens: int, length: int = 512) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     frequencies = 10000.0 ** -(torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
     angles = torch.outer(torch.arange(length), frequencies)
-    return angles.cos(), angles.sin(), torch.arange(TOKENS) % length
+    return angles.cos(), angles.sin(), torch.arange(tokens) % length
 
 
 def plain(x, cos, sin, positions):
@@ -28,25 +28,25 @@ def plain_qkv(qkv, cos, sin, positions):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_rotary(measure, implementation, dtype):
-    x = torch.randn(TOKENS, HEADS, HEAD_DIM).to(dtype)
-    table, fn = tables(), choose(implementation, apply_rotary, plain)
+def test_rotary(measure, implementation, dtype, tokens):
+    x = torch.randn(tokens, HEADS, HEAD_DIM).to(dtype)
+    table, fn = tables(tokens), choose(implementation, apply_rotary, plain)
     with torch.inference_mode():
         measure(lambda: fn(x, *table), moved_bytes=2 * x.nbytes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_rotary_qkv(measure, implementation, dtype):
-    qkv = torch.randn(TOKENS, HEADS, 3, HEAD_DIM).to(dtype)
-    table, fn = tables(), choose(implementation, apply_rotary_qkv_, plain_qkv)
+def test_rotary_qkv(measure, implementation, dtype, tokens):
+    qkv = torch.randn(tokens, HEADS, 3, HEAD_DIM).to(dtype)
+    table, fn = tables(tokens), choose(implementation, apply_rotary_qkv_, plain_qkv)
     with torch.inference_mode():
         measure(lambda: fn(qkv, *table), moved_bytes=qkv.nbytes * 4 // 3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_rotary_backward(measure, implementation, dtype):
-    x, table = torch.randn(TOKENS, HEADS, HEAD_DIM).to(dtype), tables()
+def test_rotary_backward(measure, implementation, dtype, tokens):
+    x, table = torch.randn(tokens, HEADS, HEAD_DIM).to(dtype), tables(tokens)
     fn = choose(implementation, apply_rotary, plain)
     measure(backward(lambda t: fn(t, *table), x), moved_bytes=2 * x.nbytes)

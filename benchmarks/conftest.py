@@ -6,11 +6,19 @@ into `benchmark.extra_info`, under the name of their unit ("GB/s", "share_of_cop
 "live tok/s").
 """
 
+import statistics
 from collections.abc import Callable
 
 import pytest
 import torch
-from timing import copy_bytes_per_second, keep_freed_memory, median_seconds, write_results
+from compare import DEVICE, TOKENS
+from timing import (
+    copy_bytes_per_second,
+    cuda_seconds,
+    keep_freed_memory,
+    median_seconds,
+    write_results,
+)
 
 
 def pytest_configure(config):
@@ -18,14 +26,32 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _seed_and_device(request):
+    """Seeds torch; on a GPU, what the benchmark of an op makes is made there."""
     torch.manual_seed(0)
+    if DEVICE == "cuda" and "tokens" in request.fixturenames:
+        with torch.device(DEVICE):
+            yield
+    else:
+        yield
+
+
+def pytest_generate_tests(metafunc):
+    if "tokens" in metafunc.fixturenames and len(TOKENS) > 1:
+        metafunc.parametrize("tokens", TOKENS)
+
+
+@pytest.fixture
+def tokens() -> int:
+    """How many tokens an op is given: one number on the CPU, and on a GPU several."""
+    (only,) = TOKENS
+    return only
 
 
 @pytest.fixture(scope="session")
 def copy_bandwidth() -> Callable[[int], float]:
     """copy_bandwidth(moved_bytes): bytes read and written per second by torch's copy_, now."""
-    return copy_bytes_per_second
+    return lambda moved_bytes: copy_bytes_per_second(moved_bytes, DEVICE)
 
 
 @pytest.fixture
@@ -33,7 +59,8 @@ def measure(benchmark, copy_bandwidth) -> Callable:
     """measure(fn, moved_bytes=None, flop=None, seconds=0.5): times fn, returns its median seconds.
 
     moved_bytes are the bytes that fn must at least read and write; flop its floating-point
-    operations.
+    operations. On a GPU the seconds are the GPU's, with a cold L2 cache; what pytest-benchmark
+    prints is the host's, up to the end of the GPU's work.
     """
 
     def run(
@@ -42,13 +69,21 @@ def measure(benchmark, copy_bandwidth) -> Callable:
         flop: int | None = None,
         seconds: float = 0.5,
     ) -> float:
-        estimate = median_seconds(fn, budget=0.0)
+        if DEVICE == "cuda":
+            # The host's seconds: a few rounds will do.
+            call, fn_seconds = lambda: (fn(), torch.cuda.synchronize()), 0.05
+        else:
+            call, fn_seconds = fn, seconds
+        estimate = median_seconds(call, budget=0.0)
         calls = max(1, round(1e-4 / estimate))
-        rounds = min(1000, max(5, round(seconds / (estimate * calls))))
-        benchmark.pedantic(fn, rounds=rounds, iterations=calls, warmup_rounds=1)
+        rounds = min(1000, max(5, round(fn_seconds / (estimate * calls))))
+        benchmark.pedantic(call, rounds=rounds, iterations=calls, warmup_rounds=1)
         if benchmark.stats is None:  # --benchmark-disable: fn ran once, nothing was timed
             return float("nan")
         median = benchmark.stats.stats.median
+        if DEVICE == "cuda":
+            median = statistics.median(cuda_seconds(fn))
+            benchmark.extra_info["median_s"] = median
         if moved_bytes is not None:
             benchmark.extra_info["GB/s"] = round(moved_bytes / median / 1e9, 2)
             share = moved_bytes / median / copy_bandwidth(moved_bytes)

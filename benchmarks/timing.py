@@ -6,6 +6,7 @@ same way beside it: a shared machine's speed drifts, and a share of the copy dri
 
 import ctypes
 import datetime
+import importlib.metadata
 import json
 import platform
 import re
@@ -13,6 +14,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,15 +36,38 @@ def median_seconds(fn: Callable[[], object], budget: float = 0.3) -> float:
     return statistics.median(seconds)
 
 
-def copy_bytes_per_second(moved_bytes: int) -> float:
+def cuda_seconds(fn: Callable[[], object], rounds: int = 50) -> list[float]:
+    """GPU seconds of fn, by events, with nothing of its inputs left in the L2 cache.
+
+    Before each round the cache is overwritten, for long enough that the host has launched all of
+    fn before the GPU gets to it: what is timed is the GPU's work and not the launching.
+    """
+    fn(), fn()
+    flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    events = []
+    for _ in range(rounds):
+        for _ in range(8):
+            flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        fn()
+        end.record()
+        events.append((start, end))
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+
+def copy_bytes_per_second(moved_bytes: int, device: str = "cpu") -> float:
     """Bandwidth of torch's copy_ that reads half of `moved_bytes` and writes the other half.
 
     Of the same size as the op it is compared with, since a size that fits a cache is copied at the
     speed of the cache.
     """
-    source = torch.ones(max(1, moved_bytes // 8))
+    source = torch.ones(max(1, moved_bytes // 8), device=device)
     target = torch.empty_like(source)
-    return 8 * source.numel() / median_seconds(lambda: target.copy_(source))
+    copy = partial(target.copy_, source)
+    seconds = statistics.median(cuda_seconds(copy)) if device == "cuda" else median_seconds(copy)
+    return 8 * source.numel() / seconds
 
 
 def keep_freed_memory() -> None:
@@ -73,6 +98,9 @@ def machine() -> dict:
     if torch.cuda.is_available():
         description["gpu"] = torch.cuda.get_device_name()
         description["cuda"] = torch.version.cuda
+        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader"]
+        description["driver, clock"] = subprocess.run(query, capture_output=True, text=True).stdout
+        description["triton"] = importlib.metadata.version("triton")
     return description
 
 

@@ -6,7 +6,7 @@ Each op is one schema in the torch.library namespace `neobert`, with a plain PyT
 a kernel per device; PyTorch's dispatcher chooses. `python -m neobert_kernels` prints which serves.
 """
 
-from . import _compiled  # noqa: F401  (the C++ kernels, before any Python kernel for their key)
+from . import _compiled, _gpu  # noqa: F401  (C++ kernels before any Python kernel for their key)
 from .attention import varlen_attention, varlen_attention_qkv
 from .cross_entropy import linear_cross_entropy
 from .linear import linear, linear_swiglu
@@ -14,6 +14,9 @@ from .pooling import pool
 from .rms_norm import add_rms_norm, rms_norm
 from .rotary import apply_rotary, apply_rotary_qkv_
 from .swiglu import swiglu
+
+if _gpu.why_not() is None:
+    from . import triton  # noqa: F401
 
 __all__ = [
     "add_rms_norm",

@@ -1,9 +1,15 @@
-"""`python -m neobert_kernels`: which kernel serves which op on which device."""
+"""`python -m neobert_kernels`: which kernel serves which op on which device.
+
+`python -m neobert_kernels tune` measures the tiles of the Triton kernels on the GPU at hand.
+"""
+
+import importlib.metadata
+import sys
 
 import torch
 
 import neobert_kernels  # noqa: F401  (registers every op)
-from neobert_kernels import _compiled
+from neobert_kernels import _compiled, _gpu
 from neobert_kernels._library import OPS, has_kernel
 from neobert_kernels.linear import PYTORCH_GEMM_DTYPES
 
@@ -28,10 +34,27 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def _triton_status() -> str:
+    reason = _gpu.why_not()
+    if reason is not None:
+        return f"none: {reason}"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU was found"
+    return f"Triton {importlib.metadata.version('triton')}, {gpu}"
+
+
 def main() -> None:
+    if sys.argv[1:] == ["tune"]:
+        if not torch.cuda.is_available() or _gpu.why_not() is not None:
+            sys.exit(f"tune: needs a CUDA GPU and Triton: {_gpu.why_not() or 'no GPU was found'}")
+        from neobert_kernels.triton import tune
+
+        return tune.main()
+    if sys.argv[1:]:
+        sys.exit(f"usage: python -m neobert_kernels [tune], got {' '.join(sys.argv[1:])}")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"CPU kernels: {_compiled.status()}")
-    print(f"CUDA kernels: {_compiled.cuda_status()}\n")
+    print(f"CUDA kernels: {_compiled.cuda_status()}")
+    print(f"Triton kernels: {_triton_status()}\n")
     print(table())
     if PYTORCH_GEMM_DTYPES:
         dtypes = ", ".join(sorted(str(dtype) for dtype in PYTORCH_GEMM_DTYPES))

@@ -1,6 +1,7 @@
 """Loads the C++ kernels, where they were built: for this CPU's instruction set, and for CUDA."""
 
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -64,3 +65,8 @@ _BUILD = {
 }
 LOADED = _load()
 CUDA_LOADED = _load_cuda()
+if LOADED is None and torch.version.cuda is None:
+    warnings.warn(
+        f"neobert_kernels: {status()}; the ops run as plain PyTorch, several times slower",
+        stacklevel=2,
+    )

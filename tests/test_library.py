@@ -177,3 +177,15 @@ def test_python_kernel_stands_back_for_a_compiled_one(monkeypatch, compiled):
 
 def test_public_names():
     assert all(callable(getattr(nk, name)) and getattr(nk, name).__doc__ for name in nk.__all__)
+
+
+def test_missing_kernels_are_announced():
+    run = subprocess.run(
+        [sys.executable, "-c", "import neobert_kernels"],
+        env=os.environ | {"ATEN_CPU_CAPABILITY": "default"},
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert ("several times slower" in run.stderr) == (torch.version.cuda is None)

@@ -1,0 +1,130 @@
+"""`python -m neobert_kernels tune`: times other tiles of the kernels on the GPU at hand.
+
+Prints, for every kernel at NeoBERT's sizes, the tiles from the fastest on and marks the shipped
+one. Nothing is stored: a better tile goes into the kernel's table by hand, with the figures in
+LOG.md, so that everyone runs the same kernels from the first call.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+
+from . import cross_entropy, pooling, rms_norm, rotary, swiglu
+from ._device import architecture
+
+TOKENS, DIM, HEADS, HEAD_DIM, WIDTH, VOCAB = 32768, 768, 12, 64, 2048, 30522
+MASKED = 0.2
+
+
+class Candidate(NamedTuple):
+    """A table entry to vary, the other values to try, and a call that launches the kernel."""
+
+    name: str
+    table: dict  # holds the tile under `key`
+    key: object
+    tiles: list[dict]
+    call: Callable[[], object]
+
+
+def candidates() -> Iterator[Candidate]:
+    """Every kernel whose tile is in a table, with bfloat16 inputs."""
+    x = torch.randn(TOKENS, DIM, dtype=torch.bfloat16, device="cuda")
+    arch, stream, weight = architecture(x), x.float(), torch.ones(DIM, device="cuda")
+    rows = [{"ROWS": r, "num_warps": w} for r in (1, 2, 4, 8, 16) for w in (2, 4, 8) if r >= w // 2]
+    yield Candidate(
+        "add_rms_norm",
+        rms_norm.FORWARD,
+        arch,
+        rows,
+        lambda: rms_norm.add_rms_norm(x, stream, weight, 1e-5),
+    )
+    total, rstd = rms_norm.add_rms_norm(x, stream, weight, 1e-5)[1:]
+    yield Candidate(
+        "add_rms_norm_bwd",
+        rms_norm.BACKWARD,
+        arch,
+        [tile | {"PROGRAMS": n} for tile in rows for n in (1, 2, 4, 8) if tile["ROWS"] <= 8],
+        lambda: rms_norm.add_rms_norm_bwd(x, stream, total, weight, rstd),
+    )
+    gate_up = torch.randn(TOKENS, 2 * WIDTH, dtype=torch.bfloat16, device="cuda")
+    flat = [{"TILE": n, "num_warps": w} for n in (512, 1024, 2048, 4096, 8192) for w in (2, 4, 8)]
+    yield Candidate("swiglu", swiglu.FORWARD, arch, flat, lambda: swiglu.swiglu(gate_up))
+    dy = gate_up[:, :WIDTH].contiguous()
+    yield Candidate(
+        "swiglu_bwd", swiglu.BACKWARD, arch, flat, lambda: swiglu.swiglu_bwd(dy, gate_up)
+    )
+    qkv = torch.randn(TOKENS, HEADS, 3, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+    cos = sin = torch.ones(512, HEAD_DIM // 2, device="cuda")
+    positions = torch.arange(TOKENS, device="cuda") % 512
+    yield Candidate(
+        "rotary_qkv_",
+        rotary.TILES,
+        arch,
+        flat,
+        lambda: rotary.rotary_qkv_(qkv, cos, sin, positions, False),
+    )
+    cu_seqlens = torch.arange(0, TOKENS + 1, 512, dtype=torch.int32, device="cuda")
+    blocks = [
+        {"BLOCK_T": t, "BLOCK": b, "num_warps": w}
+        for t in (8, 16, 32, 64, 128)
+        for b in (64, 128, 256)
+        for w in (4, 8)
+    ]
+    yield Candidate(
+        "pool", pooling.FORWARD, arch, blocks, lambda: pooling.pool(x, cu_seqlens, True)
+    )
+    pooled = pooling.pool(x, cu_seqlens, True)
+    yield Candidate(
+        "pool_bwd",
+        pooling.BACKWARD,
+        arch,
+        blocks,
+        lambda: pooling.pool_bwd(pooled, cu_seqlens, TOKENS, True, x.dtype),
+    )
+    head = torch.randn(VOCAB, DIM, dtype=torch.bfloat16, device="cuda") / DIM**0.5
+    labels = torch.randint(VOCAB, (TOKENS,), device="cuda")
+    labels[torch.rand(TOKENS, device="cuda") > MASKED] = -100
+    products = [
+        {"BLOCK_M": 128, "BLOCK_N": n, "BLOCK_K": k, "num_warps": w, "num_stages": s, "PROGRAMS": p}
+        for n in (64, 128, 256)
+        for k in (32, 64)
+        for w in (4, 8)
+        for s in (2, 3, 4)
+        for p in (1, 2)
+    ]
+    for product in cross_entropy.PRODUCTS[arch]:
+        yield Candidate(
+            f"linear_cross_entropy_grads, {product}",
+            cross_entropy.PRODUCTS[arch],
+            product,
+            products,
+            lambda: cross_entropy.linear_cross_entropy_grads(x, head, None, labels, -100),
+        )
+
+
+def measure(candidate: Candidate) -> list[tuple[float, dict]]:
+    """(milliseconds, tile) of the shipped tile and the others, from the fastest on; infinite for a
+    tile that needs more than the GPU has."""
+    shipped, found = candidate.table[candidate.key], []
+    for tile in [shipped, *(tile for tile in candidate.tiles if tile != shipped)]:
+        candidate.table[candidate.key] = tile
+        try:
+            found.append((triton.testing.do_bench(candidate.call), tile))
+        except triton.runtime.errors.OutOfResources:
+            found.append((float("inf"), tile))
+    candidate.table[candidate.key] = shipped
+    return sorted(found, key=lambda each: each[0])
+
+
+def main() -> None:
+    """Prints the five fastest tiles of every kernel, and the shipped one."""
+    print(f"{torch.cuda.get_device_name()}, {TOKENS} tokens, bfloat16, median milliseconds")
+    for candidate in candidates():
+        shipped = candidate.table[candidate.key]
+        print(f"\n{candidate.name}")
+        for place, (milliseconds, tile) in enumerate(measure(candidate)):
+            if place < 5 or tile == shipped:
+                words = " ".join(f"{name}={value}" for name, value in tile.items())
+                print(f"{milliseconds:9.4f}  {words}{'  (shipped)' if tile == shipped else ''}")
