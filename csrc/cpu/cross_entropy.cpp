@@ -48,7 +48,8 @@ Tensor rows_loss(const char* op, const Tensor& logits, const Tensor& labels_, fl
   require(logits.dim() == 2 && logits.is_contiguous(), op,
           "logits must be contiguous with shape (rows, vocab)");
   const int64_t rows = logits.size(0), vocab = logits.size(1);
-  require(labels_.dim() == 1 && labels_.size(0) == rows && labels_.scalar_type() == ScalarType::Long,
+  require(labels_.scalar_type() == ScalarType::Long && labels_.dim() == 1 &&
+              labels_.size(0) == rows,
           op, "labels must be int64 with shape (rows,)");
   const Tensor labels = as_contiguous(labels_);
   const int64_t* label = data<int64_t>(labels);

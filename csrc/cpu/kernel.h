@@ -52,13 +52,11 @@ inline Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
-inline Tensor as_float(const Tensor& t) {
-  return as_contiguous(t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float));
-}
-
 inline Tensor as_dtype(const Tensor& t, ScalarType dtype) {
   return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
 }
+
+inline Tensor as_float(const Tensor& t) { return as_contiguous(as_dtype(t, ScalarType::Float)); }
 
 inline std::vector<int64_t> sizes_of(const Tensor& t) { return t.sizes().vec(); }
 
@@ -68,7 +66,7 @@ inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) 
   return torch::stable::empty({sizes.begin(), sizes.size()}, dtype);
 }
 
-// Python sees ValueError, TypeError's nearest relative in the C++ standard library, or IndexError.
+// Python sees std::invalid_argument as ValueError and std::out_of_range as IndexError.
 template <class Error = std::invalid_argument, class... Parts>
 void require(bool ok, const char* op, const Parts&... parts) {
   if (ok) [[likely]] return;
@@ -93,7 +91,7 @@ inline void check_cu_seqlens(const char* op, const Tensor& cu_seqlens, int64_t t
           " tokens, got ", offsets[sequences]);
 }
 
-// Calls f(begin, end) on ranges of [0, tasks). Waking a second thread costs about 5 us, in which one
+// Calls f(begin, end) on ranges of [0, tasks). Waking a second thread costs about 5 us, in which a
 // core moves 200 KB through its caches: less than twice that in all is not worth a second thread.
 template <class F>
 void parallel(int64_t tasks, int64_t bytes_per_task, F&& f) {

@@ -91,8 +91,8 @@ void backward_row(const Y* dy, const X* dtotal, const X* x, const float* weight,
 template <class X, class Y>
 void backward(const Y* dy, const X* dtotal, const X* x, const float* weight, const float* rstd,
               X* dx, Y* dbranch, float* dweight, int64_t rows, int64_t dim) {
-  // dweight is summed over runs of 16 rows, those over fixed blocks of rows, and those in order: the
-  // same bits for any number of threads, and rounding errors that do not grow with the rows.
+  // dweight is summed over runs of 16 rows, those over fixed blocks of rows, and those in order:
+  // the same bits for any number of threads, and rounding errors that hardly grow with the rows.
   constexpr int64_t kRun = 16;
   const int64_t blocks = std::clamp<int64_t>(rows / 64, 1, 64);
   const int64_t per_block = (rows + blocks - 1) / blocks;
@@ -152,7 +152,8 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x_, const Tensor& 
                                                 const Tensor& weight_, double eps) {
   check("add_rms_norm", x_, weight_);
   require(same_shape(x_, residual_), "add_rms_norm", "x and residual must have one shape");
-  const Tensor x = as_contiguous(x_), residual = as_contiguous(residual_), weight = as_float(weight_);
+  const Tensor x = as_contiguous(x_), residual = as_contiguous(residual_);
+  const Tensor weight = as_float(weight_);
   Tensor y = torch::stable::empty(x.sizes(), x.scalar_type());
   Tensor total = torch::stable::empty(x.sizes(), residual.scalar_type()), rstd = empty_rstd(x);
   dispatch("add_rms_norm", "x", x, [&](auto* x_type) {
@@ -172,6 +173,8 @@ void backward_into(const char* op, const Tensor& dy_, const std::optional<Tensor
                    Tensor* dbranch, Tensor& dweight) {
   check(op, x_, weight_);
   require(same_shape(dy_, x_), op, "dy and x must have one shape");
+  require(rstd_.scalar_type() == ScalarType::Float && rstd_.numel() * weight_.size(0) == x_.numel(),
+          op, "rstd must be float32, one element per row of x");
   const Tensor dy = as_contiguous(dy_), x = as_contiguous(x_), weight = as_float(weight_);
   const Tensor rstd = as_contiguous(rstd_);
   std::optional<Tensor> dtotal;

@@ -1,13 +1,13 @@
-// silu(g) * up, shared by swiglu and by the epilogue of linear_swiglu: with one formula the two give
-// the same bits in float32.
+// silu(g) * up, shared by swiglu and by the epilogue of linear_swiglu: with one formula the two
+// give the same bits in float32.
 #pragma once
 
 #include "simd.h"
 
 namespace neobert {
 
-// e = e^-|g|, which does not overflow, so that nothing below is lost to a difference from 1 or to an
-// infinity: sigmoid(g) is 1 / (1 + e) or e / (1 + e), by the sign of g.
+// e = e^-|g|, which does not overflow, so that nothing below is lost to a difference from 1 or to
+// an infinity: sigmoid(g) is 1 / (1 + e) or e / (1 + e), by the sign of g.
 template <int U>
 inline __attribute__((always_inline)) void exp_minus_abs(const Vec (&g)[U], Vec (&e)[U]) {
   for (int u = 0; u < U; ++u) e[u] = with_minus_sign(g[u]);

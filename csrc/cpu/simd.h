@@ -43,10 +43,8 @@ inline Vec with_minus_sign(Vec a) { return _mm512_or_ps(a, set1(-0.0f)); }  // -
 inline Vec if_negative(Vec test, Vec yes, Vec no) {  // by the sign bit, lane by lane
   return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(test)), no, yes);
 }
-// (x0, x1, x2, x3, …) -> (x1, x0, x3, x2, …), (x0, x0, x2, x2, …) and (x1, x1, x3, x3, …).
+// (x0, x1, x2, x3, …) -> (x1, x0, x3, x2, …).
 inline Vec swap_pairs(Vec a) { return _mm512_permute_ps(a, 0xB1); }
-inline Vec dup_even(Vec a) { return _mm512_moveldup_ps(a); }
-inline Vec dup_odd(Vec a) { return _mm512_movehdup_ps(a); }
 // (p0, p0, p1, p1, …) from half as many floats.
 inline Vec load_twice(const float* p) {
   const __m512i index = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
@@ -54,7 +52,6 @@ inline Vec load_twice(const float* p) {
 }
 // a*b - c in even lanes, a*b + c in odd lanes: a complex product in one instruction.
 inline Vec fmaddsub(Vec a, Vec b, Vec c) { return _mm512_fmaddsub_ps(a, b, c); }
-inline Vec fmsubadd(Vec a, Vec b, Vec c) { return _mm512_fmsubadd_ps(a, b, c); }
 
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline Vec load(const float* p, int n) { return _mm512_maskz_loadu_ps(mask_of(n), p); }
@@ -128,14 +125,11 @@ inline float hmax(Vec a) {
 inline Vec with_minus_sign(Vec a) { return _mm256_or_ps(a, set1(-0.0f)); }
 inline Vec if_negative(Vec test, Vec yes, Vec no) { return _mm256_blendv_ps(no, yes, test); }
 inline Vec swap_pairs(Vec a) { return _mm256_permute_ps(a, 0xB1); }
-inline Vec dup_even(Vec a) { return _mm256_moveldup_ps(a); }
-inline Vec dup_odd(Vec a) { return _mm256_movehdup_ps(a); }
 inline Vec load_twice(const float* p) {
   const __m256i index = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
   return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), index);
 }
 inline Vec fmaddsub(Vec a, Vec b, Vec c) { return _mm256_fmaddsub_ps(a, b, c); }
-inline Vec fmsubadd(Vec a, Vec b, Vec c) { return _mm256_fmsubadd_ps(a, b, c); }
 
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline Vec load(const float* p, int n) { return _mm256_maskload_ps(p, mask_of(n)); }
