@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+# Run by test_triton_interpreter.py, in processes in which Triton interprets.
+collect_ignore = ["interpreted"]
+
 
 @pytest.fixture(autouse=True)
 def _seed_and_poison(request):
