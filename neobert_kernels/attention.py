@@ -8,10 +8,12 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ._checks import (
     at_least_float32,
     check_cu_seqlens,
+    check_cu_seqlens_values,
     check_dtype,
     check_same_device,
     check_same_dtype,
@@ -46,9 +48,8 @@ def varlen_attention(
 
     Raises:
         TypeError: a dtype that is not served.
-        ValueError: shapes or devices that do not fit.
-        RuntimeError: on the CPU, offsets that do not fit the tokens or max_seqlen. A GPU does not
-            look at them: that would make the host wait.
+        ValueError: shapes or devices that do not fit; on the CPU also offsets that do not fit the
+            tokens or max_seqlen. A GPU does not look at them: that would make the host wait.
     """
     check_dtype("varlen_attention", q=q, k=k, v=v)
     check_same_dtype("varlen_attention", q=q, k=k, v=v)
@@ -117,6 +118,7 @@ class _VarlenAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):
         q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
         dqkv = ops.varlen_attention_bwd(
@@ -134,12 +136,25 @@ class _VarlenAttentionQKV(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):
         qkv, out, lse, cu_seqlens = ctx.saved_tensors
         dqkv = ops.varlen_attention_bwd(
             dout.contiguous(), *qkv.unbind(2), out, lse, cu_seqlens, ctx.max_seqlen, ctx.scale
         )
         return dqkv, None, None, None
+
+
+def _boundaries(op: str, cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> list[tuple[int, int]]:
+    """(start, end) of each sequence, checked: a slice beyond the tokens would be cut in silence."""
+    check_cu_seqlens_values(op, cu_seqlens, tokens)
+    boundaries = list(pairwise(cu_seqlens.tolist()))
+    longest = max((end - start for start, end in boundaries), default=0)
+    if longest > max_seqlen:
+        raise ValueError(
+            f"{op}: cu_seqlens gives a sequence of {longest} tokens, but max_seqlen is {max_seqlen}"
+        )
+    return boundaries
 
 
 def reference(
@@ -149,8 +164,7 @@ def reference(
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     q32, k32, v32 = (at_least_float32(t).transpose(0, 1) for t in (q, k, v))
     lse = q32.new_zeros(q.shape[1], q.shape[0])
-    offsets = cu_seqlens.tolist()
-    for start, end in pairwise(offsets):
+    for start, end in _boundaries("varlen_attention", cu_seqlens, max_seqlen, q.shape[0]):
         scores = q32[:, start:end] @ k32[:, start:end].transpose(1, 2) * scale
         lse[:, start:end] = torch.logsumexp(scores, -1)
         attended = torch.softmax(scores, -1) @ v32[:, start:end]
@@ -173,8 +187,7 @@ def reference_bwd(
     tokens, heads, head_dim = q.shape
     dqkv = q.new_zeros(tokens, heads, 3, head_dim)
     q32, k32, v32, do32, o32 = (at_least_float32(t).transpose(0, 1) for t in (q, k, v, dout, out))
-    offsets = cu_seqlens.tolist()
-    for start, end in pairwise(offsets):
+    for start, end in _boundaries("varlen_attention_bwd", cu_seqlens, max_seqlen, tokens):
         qs, ks, vs, dos, os = (t[:, start:end] for t in (q32, k32, v32, do32, o32))
         p = torch.exp(qs @ ks.transpose(1, 2) * scale - lse[:, start:end].unsqueeze(-1))
         delta = (dos * os).sum(-1, keepdim=True)

@@ -48,7 +48,9 @@ def linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
                 f"linear: residual must have shape {(x.shape[0], weight.shape[0])} to match"
                 f" x {tuple(x.shape)} and weight {tuple(weight.shape)}, got {tuple(residual.shape)}"
             )
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (residual is not None and residual.requires_grad)
+    ):
         return _Linear.apply(x, weight, residual)
     return _forward(x, weight, residual)
 

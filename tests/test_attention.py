@@ -266,23 +266,37 @@ def test_nothing_to_attend_to(lengths, tokens):
 @pytest.mark.parametrize(
     ("cu_seqlens", "message"),
     [
-        ([1, 4], r"start at 0, got cu_seqlens\[0\] = 1"),
-        ([-3, 4], r"start at 0, got cu_seqlens\[0\] = -3"),
+        ([1, 4], r"begin with 0, got cu_seqlens\[0\] = 1"),
+        ([-3, 4], r"begin with 0, got cu_seqlens\[0\] = -3"),
         ([0, 5, 3, 6], r"never fall, got cu_seqlens\[2\] = 3 after cu_seqlens\[1\] = 5"),
         ([0, 2, -1], r"never fall, got cu_seqlens\[2\] = -1 after cu_seqlens\[1\] = 2"),
-        ([0, 6, 11], r"cu_seqlens ends at 11 but there are only 10 tokens"),
-        ([0, 2**31 - 1], r"cu_seqlens ends at 2147483647 but there are only 10 tokens"),
+        ([0, 6, 11], r"at or before the 10 tokens, got cu_seqlens\[2\] = 11"),
+        ([0, 2**31 - 1], r"at or before the 10 tokens, got cu_seqlens\[1\] = 2147483647"),
         ([0, 1, 10], r"cu_seqlens gives sequence 1 9 tokens, but max_seqlen is 8"),
     ],
 )
 def test_bad_offsets(cu_seqlens, message):
     q = torch.randn(10, 2, 8)
     cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32)
-    with pytest.raises(RuntimeError, match=message):
+    lse = torch.zeros(2, 10)
+    with pytest.raises(ValueError, match=message):
         varlen_attention(q, q, q, cu_seqlens, 8)
-    with pytest.raises(RuntimeError, match=message):
-        lse = torch.zeros(2, 10)
+    with pytest.raises(ValueError, match=message):
         ops.varlen_attention_bwd(q, q, q, q, q, lse, cu_seqlens, 8, 1.0)
+    with pytest.raises(ValueError, match="varlen_attention: cu_seqlens"):
+        reference(q, q, q, cu_seqlens, 8, 1.0)
+    with pytest.raises(ValueError, match="varlen_attention_bwd: cu_seqlens"):
+        reference_bwd(q, q, q, q, q, lse, cu_seqlens, 8, 1.0)
+
+
+@pytest.mark.no_poison
+def test_second_derivative_is_refused():
+    qkv = torch.randn(10, 2, 3, 8, requires_grad=True)
+    (grad,) = torch.autograd.grad(
+        varlen_attention_qkv(qkv, offsets([4, 6]), 6).square().sum(), qkv, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
 
 
 def test_bad_arguments():
@@ -330,7 +344,7 @@ def test_ops_called_directly_check_too():
     q, cu_seqlens, lse = torch.randn(10, 2, 8), offsets([10]), torch.zeros(2, 10)
 
     def refused(message, op, *arguments):
-        with pytest.raises(RuntimeError, match=message):
+        with pytest.raises(ValueError, match=message):
             op(*arguments)
 
     forward, backward = ops.varlen_attention, ops.varlen_attention_bwd

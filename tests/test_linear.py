@@ -307,5 +307,5 @@ def test_an_odd_weight_has_no_halves():
 )
 def test_the_kernel_itself_refuses(arguments):
     """Below the checks of the public function too, no memory is read that is not there."""
-    with pytest.raises((ValueError, RuntimeError), match="linear: "):
+    with pytest.raises(ValueError, match="linear: "):
         ops.linear(*arguments)

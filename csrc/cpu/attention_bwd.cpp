@@ -283,9 +283,9 @@ Tensor varlen_attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k
   check_rows(kOp, "v", v, q);
   check_rows(kOp, "out", out, q);
   const int64_t tokens = q.size(0), heads = q.size(1), dim = q.size(2);
-  STD_TORCH_CHECK(lse_.is_cpu() && lse_.scalar_type() == ScalarType::Float && lse_.dim() == 2 &&
-                      lse_.size(0) == heads && lse_.size(1) == tokens,
-                  kOp, ": lse must be float32 (", heads, ", ", tokens, "), as the forward returns");
+  require(lse_.is_cpu() && lse_.scalar_type() == ScalarType::Float && lse_.dim() == 2 &&
+              lse_.size(0) == heads && lse_.size(1) == tokens,
+          kOp, "lse must be float32 (", heads, ", ", tokens, "), as the forward returns");
   const Tensor lse = as_contiguous(lse_);
   const std::vector<int64_t> offsets = checked_offsets(kOp, cu_seqlens, max_seqlen, tokens);
   Tensor dqkv = empty_cpu({tokens, heads, 3, dim}, q.scalar_type());

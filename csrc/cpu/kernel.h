@@ -30,6 +30,16 @@ constexpr ScalarType scalar_type_of() {
   if constexpr (std::is_same_v<T, fp16>) return ScalarType::Half;
 }
 
+// Python sees std::invalid_argument as ValueError and std::out_of_range as IndexError.
+template <class Error = std::invalid_argument, class... Parts>
+void require(bool ok, const char* op, const Parts&... parts) {
+  if (ok) [[likely]] return;
+  std::ostringstream message;
+  message << op << ": ";
+  (message << ... << parts);
+  throw Error(message.str());
+}
+
 // Calls f(T*) with a null pointer whose type is the tensor's element type.
 template <class F>
 void dispatch(const char* op, const char* argument, const Tensor& t, F&& f) {
@@ -38,8 +48,8 @@ void dispatch(const char* op, const char* argument, const Tensor& t, F&& f) {
     case ScalarType::BFloat16: return f(static_cast<bf16*>(nullptr));
     case ScalarType::Half: return f(static_cast<fp16*>(nullptr));
     default:
-      STD_TORCH_CHECK(false, op, ": the CPU kernel serves float32, bfloat16 and float16, but ",
-                      argument, " has another dtype");
+      require(false, op, "the CPU kernel serves float32, bfloat16 and float16, but ", argument,
+              " has another dtype");
   }
 }
 
@@ -66,16 +76,6 @@ inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) 
   return torch::stable::empty({sizes.begin(), sizes.size()}, dtype);
 }
 
-// Python sees std::invalid_argument as ValueError and std::out_of_range as IndexError.
-template <class Error = std::invalid_argument, class... Parts>
-void require(bool ok, const char* op, const Parts&... parts) {
-  if (ok) [[likely]] return;
-  std::ostringstream message;
-  message << op << ": ";
-  (message << ... << parts);
-  throw Error(message.str());
-}
-
 // Offsets as packed batches carry them: int32, from 0, never falling, not beyond the tokens.
 inline void check_cu_seqlens(const char* op, const Tensor& cu_seqlens, int64_t tokens) {
   require(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.dim() == 1 &&
@@ -83,12 +83,12 @@ inline void check_cu_seqlens(const char* op, const Tensor& cu_seqlens, int64_t t
           op, "cu_seqlens must be contiguous int32 with shape (sequences + 1,)");
   const int32_t* offsets = data<int32_t>(cu_seqlens);
   const int64_t sequences = cu_seqlens.size(0) - 1;
-  require(offsets[0] == 0, op, "cu_seqlens must begin with 0, got ", offsets[0]);
+  require(offsets[0] == 0, op, "cu_seqlens must begin with 0, got cu_seqlens[0] = ", offsets[0]);
   for (int64_t i = 0; i < sequences; ++i)
-    require(offsets[i] <= offsets[i + 1], op, "cu_seqlens must never fall, got ", offsets[i],
-            " and then ", offsets[i + 1], " at ", i + 1);
+    require(offsets[i] <= offsets[i + 1], op, "cu_seqlens must never fall, got cu_seqlens[", i + 1,
+            "] = ", offsets[i + 1], " after cu_seqlens[", i, "] = ", offsets[i]);
   require(offsets[sequences] <= tokens, op, "cu_seqlens must end at or before the ", tokens,
-          " tokens, got ", offsets[sequences]);
+          " tokens, got cu_seqlens[", sequences, "] = ", offsets[sequences]);
 }
 
 // Calls f(begin, end) on ranges of [0, tasks). Waking a second thread costs about 5 us, in which a

@@ -42,38 +42,27 @@ void dispatch_dot(const char* op, const Tensor& t, F&& f) {
 }
 
 inline void check_rows(const char* op, const char* name, const Tensor& t, const Tensor& q) {
-  STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU, as q is");
-  STD_TORCH_CHECK(t.dim() == 3 && q.dim() == 3, op, ": ", name,
-                  " must have shape (tokens, heads, head_dim), got ", t.dim(), " axes");
-  STD_TORCH_CHECK(t.size(0) == q.size(0) && t.size(1) == q.size(1) && t.size(2) == q.size(2), op,
-                  ": ", name, " must have q's shape (", q.size(0), ", ", q.size(1), ", ", q.size(2),
-                  "), got (", t.size(0), ", ", t.size(1), ", ", t.size(2), ")");
-  STD_TORCH_CHECK(t.scalar_type() == q.scalar_type(), op, ": ", name, " must have q's dtype");
-  STD_TORCH_CHECK(t.size(2) <= 1 || t.stride(2) == 1, op, ": ", name,
-                  " must have a contiguous last axis, got stride ", t.stride(2));
+  require(t.is_cpu(), op, name, " must be on the CPU, as q is");
+  require(t.dim() == 3 && q.dim() == 3, op, name,
+          " must have shape (tokens, heads, head_dim), got ", t.dim(), " axes");
+  require(same_shape(t, q), op, name, " must have q's shape (", q.size(0), ", ", q.size(1), ", ",
+          q.size(2), "), got (", t.size(0), ", ", t.size(1), ", ", t.size(2), ")");
+  require(t.scalar_type() == q.scalar_type(), op, name, " must have q's dtype");
+  require(t.size(2) <= 1 || t.stride(2) == 1, op, name,
+          " must have a contiguous last axis, got stride ", t.stride(2));
 }
 
 // The offsets, after checking all of them: nothing downstream reads or writes out of bounds.
-inline std::vector<int64_t> checked_offsets(const char* op, const Tensor& cu_seqlens,
+inline std::vector<int64_t> checked_offsets(const char* op, const Tensor& cu_seqlens_,
                                             int64_t max_seqlen, int64_t tokens) {
-  STD_TORCH_CHECK(cu_seqlens.is_cpu() && cu_seqlens.scalar_type() == ScalarType::Int &&
-                      cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1,
-                  op, ": cu_seqlens must be an int32 vector (sequences + 1,) on the CPU");
-  const Tensor contiguous = as_contiguous(cu_seqlens);
-  const int32_t* values = data<int32_t>(contiguous);
+  require(cu_seqlens_.is_cpu(), op, "cu_seqlens must be on the CPU, as q is");
+  const Tensor cu_seqlens = as_contiguous(cu_seqlens_);
+  check_cu_seqlens(op, cu_seqlens, tokens);
+  const int32_t* values = data<int32_t>(cu_seqlens);
   const std::vector<int64_t> offsets(values, values + cu_seqlens.size(0));
-  STD_TORCH_CHECK(offsets[0] == 0, op, ": cu_seqlens must start at 0, got cu_seqlens[0] = ",
-                  offsets[0]);
   for (size_t i = 1; i < offsets.size(); ++i)
-    STD_TORCH_CHECK(offsets[i] >= offsets[i - 1], op,
-                    ": cu_seqlens must never fall, got cu_seqlens[", i, "] = ", offsets[i],
-                    " after cu_seqlens[", i - 1, "] = ", offsets[i - 1]);
-  STD_TORCH_CHECK(offsets.back() <= tokens, op, ": cu_seqlens ends at ", offsets.back(),
-                  " but there are only ", tokens, " tokens");
-  for (size_t i = 1; i < offsets.size(); ++i)
-    STD_TORCH_CHECK(offsets[i] - offsets[i - 1] <= max_seqlen, op, ": cu_seqlens gives sequence ",
-                    i - 1, " ", offsets[i] - offsets[i - 1], " tokens, but max_seqlen is ",
-                    max_seqlen);
+    require(offsets[i] - offsets[i - 1] <= max_seqlen, op, "cu_seqlens gives sequence ", i - 1, " ",
+            offsets[i] - offsets[i - 1], " tokens, but max_seqlen is ", max_seqlen);
   return offsets;
 }
 
