@@ -11,22 +11,15 @@ import time
 
 import numpy as np
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from neobert.cli import InputError, NpyWriter, app, count_lines, read_texts
 from neobert.encode import Encoder
 from tests.tiny import HIDDEN_SIZE, MAX_LENGTH, write_tiny_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LINES = ["first text", "", "a third, somewhat longer text", "na\u00efve \u4e2d\u6587", "last"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,10 @@ from neobert_kernels.swiglu import reference_bwd as swiglu_reference_bwd
 from tests.accuracy import assert_accurate
 from tests.cuda_emulation.build import COMPILER, ROOT, Emulated
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPE_PAIRS = list(itertools.product(DTYPES, DTYPES))
@@ -36,15 +39,6 @@ NORM_SHAPES = [
 @pytest.fixture(scope="module")
 def cuda() -> Emulated:
     return Emulated("neobert_emulated", ROOT / "csrc/cuda")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The tensors are too small to share out."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def weight_dtypes(dim: int, dtype: torch.dtype) -> set[torch.dtype]:

@@ -6,12 +6,13 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-import torch
 
 from neobert import demo
 from neobert.config import NeoBERTConfig
 from neobert.encode import Encoder
 from tests.tiny import texts
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = NeoBERTConfig(
     vocab_size=1000,
@@ -20,14 +21,6 @@ TINY = NeoBERTConfig(
     num_attention_heads=2,
     intermediate_size=192,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_docstrings_are_read_without_importing(tmp_path):

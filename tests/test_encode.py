@@ -14,6 +14,8 @@ from transformers import AutoModel, AutoTokenizer
 from neobert.encode import Encoder, TruncationWarning
 from tests.tiny import HIDDEN_SIZE, MAX_LENGTH, texts, write_tiny_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXTS = texts()
 SHORT = [text[:60] for text in TEXTS]
 
@@ -26,15 +28,6 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture
 def encoder(checkpoint):
     return Encoder.from_pretrained(checkpoint, device="cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For a tiny model, more threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def close(actual, expected):
