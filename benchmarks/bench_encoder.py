@@ -207,7 +207,7 @@ def test_encoder(benchmark, checkpoint, workload, dtype):
     ids = sequences(workload)
     tokens = sum(map(len, ids))
     plain = PlainNeoBERT.load(checkpoint, dtype)
-    layers = len(plain.layers)
+    layers = len(plain.model["transformer_encoder"])
     others = {
         "gemm_bound_torch": gemm_bound(tokens, dtype, layers, with_ours=False),
         "gemm_bound_ours": gemm_bound(tokens, dtype, layers, with_ours=True),
