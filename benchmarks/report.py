@@ -102,8 +102,8 @@ def render(path: Path) -> str:
 
 
 def main() -> None:
-    (path,) = sorted((ROOT / "benchmarks/results").glob("*.json"))
-    text = render(path)
+    paths = sorted((ROOT / "benchmarks/results").glob("*.json"))
+    text = "\n\n".join(render(path) for path in paths)
     if "--write" not in sys.argv:
         print(text)
         return

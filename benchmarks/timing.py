@@ -127,9 +127,15 @@ def write_results(figures: dict[str, dict]) -> Path:
 
 
 def _cpu_model() -> str:
+    """The CPU's name and, since clouds call several generations of AMD's by one, its family."""
     info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return found.group(1) if found else platform.processor() or platform.machine()
+    text = info.read_text() if info.exists() else ""
+    name, family = (
+        re.search(rf"^{key}\s*:\s*(.+)$", text, re.MULTILINE) for key in ("model name", "cpu family")
+    )
+    if name is None:
+        return platform.processor() or platform.machine()
+    return f"{name[1]} family {family[1]}" if family else name[1]
 
 
 def _commit() -> str:
