@@ -54,11 +54,12 @@ def test_linear(measure, by, name, tokens, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", GEMMS)
-def test_linear_backward(measure, name, dtype):
+@pytest.mark.parametrize("by", ["torch", "neobert"])
+def test_linear_backward(measure, by, name, dtype):
     shape = GEMMS[name]
     x = torch.randn(2379, shape[1]).to(dtype).requires_grad_()
     weight = torch.randn(shape).to(dtype).requires_grad_()
-    y = linear(x, weight)
+    y = linear(x, weight) if by == "neobert" else F.linear(x, weight)
     dy = torch.randn_like(y)
     backward = lambda: torch.autograd.grad(y, (x, weight), dy, retain_graph=True)  # noqa: E731
     measure(backward, flop=4 * 2379 * shape[0] * shape[1], seconds=0.25)

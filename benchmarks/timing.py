@@ -131,7 +131,8 @@ def _cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
     name, family = (
-        re.search(rf"^{key}\s*:\s*(.+)$", text, re.MULTILINE) for key in ("model name", "cpu family")
+        re.search(rf"^{key}\s*:\s*(.+)$", text, re.MULTILINE)
+        for key in ("model name", "cpu family")
     )
     if name is None:
         return platform.processor() or platform.machine()

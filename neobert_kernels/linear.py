@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ._checks import at_least_float32, check_dtype, check_same_device, check_same_dtype
 from ._library import define, ops
@@ -16,6 +17,15 @@ PYTORCH_GEMM_DTYPES = (
     frozenset({torch.bfloat16, torch.float16})
     if torch.cpu._is_amx_tile_supported()
     else frozenset()
+)
+
+
+# And those of the weight's gradient, a sum over tokens with both operands transposed: there oneDNN
+# is a tenth faster where the CPU multiplies bfloat16 itself.
+PYTORCH_DWEIGHT_DTYPES = (
+    PYTORCH_GEMM_DTYPES | {torch.bfloat16}
+    if torch.cpu._is_avx512_bf16_supported()
+    else PYTORCH_GEMM_DTYPES
 )
 
 
@@ -52,7 +62,7 @@ def linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
         x.requires_grad or weight.requires_grad or (residual is not None and residual.requires_grad)
     ):
         return _Linear.apply(x, weight, residual)
-    return _forward(x, weight, residual)
+    return product(x, weight, residual)
 
 
 def linear_swiglu(x: Tensor, weight: Tensor) -> Tensor:
@@ -81,7 +91,7 @@ def linear_swiglu(x: Tensor, weight: Tensor) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return swiglu(_Linear.apply(x, weight, None))
     if _served_by_pytorch(x):
-        return swiglu(_forward(x, weight, None))
+        return swiglu(product(x, weight, None))
     return ops.linear_swiglu(x, weight)
 
 
@@ -96,8 +106,10 @@ def _served_by_pytorch(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in PYTORCH_GEMM_DTYPES
 
 
-def _forward(x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
-    if _served_by_pytorch(x):
+def product(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+    """`linear` without its checks and without gradients. On the CPU a transposed operand is read as
+    it lies: product(dy, weight.t()) is dy @ weight, product(dy.t(), x.t()) is dy.T @ x."""
+    if _served_by_pytorch(x) or x.dtype == torch.float64:  # which references of other ops take
         return reference(x, weight, residual)
     return ops.linear(x, weight, residual)
 
@@ -118,15 +130,24 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, residual):
         ctx.save_for_backward(x, weight)
         ctx.residual_dtype = None if residual is None else residual.dtype
-        return _forward(x, weight, residual)
+        return product(x, weight, residual)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         dresidual = dy if ctx.residual_dtype is not None else None
         dy = dy.to(x.dtype)
-        dx = torch.mm(dy, weight) if ctx.needs_input_grad[0] else None
-        dweight = torch.mm(dy.t(), x) if ctx.needs_input_grad[1] else None
+        dx = product(dy, weight.t()) if ctx.needs_input_grad[0] else None
+        dweight = None
+        if (
+            ctx.needs_input_grad[1]
+            and dy.device.type == "cpu"
+            and dy.dtype in PYTORCH_DWEIGHT_DTYPES
+        ):
+            dweight = torch.mm(dy.t(), x)
+        elif ctx.needs_input_grad[1]:
+            dweight = product(dy.t(), x.t(), None)
         return dx, dweight, dresidual
 
 

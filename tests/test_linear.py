@@ -135,6 +135,7 @@ def check_compactly() -> None:
         for shape in ((15, 62, 769), (1, 33, 7), (29, 98, 768)):
             check_accuracy(*shape, dtype)
         check_bits(dtype)
+    check_transposed()
 
 
 @pytest.mark.parametrize("isa", OLDER)
@@ -160,6 +161,37 @@ def test_any_strides(dtype):
         assert torch.equal(linear(a, b, c), expected)
         assert torch.equal(linear_swiglu(a, b), linear_swiglu(x, weight))
     assert torch.equal(linear(x[:1].expand(33, 64), weight), linear(x[:1], weight).expand(33, 50))
+
+
+def check_transposed() -> None:
+    """The products of the backward pass: sums over many rows, of operands that lie transposed."""
+    for dtype in DTYPES:
+        for rows, columns, depth in ((1, 1, 3), (15, 33, 1601), (250, 70, 771), (1400, 40, 385)):
+            a, b = torch.randn(depth, rows).to(dtype), torch.randn(depth, columns).to(dtype)
+            total = torch.randn(rows, columns)
+            truth, plain = a.double().t() @ b.double(), a.t() @ b
+            what = f"{rows} x {columns} x {depth}, {dtype}"
+            ours = ops.linear(a.t(), b.t(), None)
+            assert_accurate(ours.flatten(), plain.flatten(), truth.flatten(), what)
+            assert torch.equal(ours, ops.linear(a.t().contiguous(), b.t().contiguous(), None))
+            # A float32 total is not rounded to the operands' dtype on the way.
+            plain = a.float().t() @ b.float() + total
+            ours = ops.linear(a.t(), b.t(), total)
+            assert_accurate(ours.flatten(), plain.flatten(), (truth + total).flatten(), what)
+
+
+@needs_kernel
+def test_transposed_operands():
+    check_transposed()
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_of_a_gradient_depend_on_its_row_alone(dtype):
+    dy, weight = torch.randn(200, 98).to(dtype), torch.randn(98, 70).to(dtype)
+    dx = ops.linear(dy, weight.t(), None)
+    for at in (slice(0, 1), slice(3, 20), slice(57, 200)):
+        assert torch.equal(ops.linear(dy[at], weight.t(), None), dx[at])
 
 
 def test_empty():

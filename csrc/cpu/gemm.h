@@ -1,10 +1,13 @@
 // y = x @ weight.T in tiles of kRows x kCols elements held in registers.
 //
 // The weight is read in panels of kCols of its rows, transposed to [in_features][kCols] once and
-// then used for many rows of x. An output element is summed over k in one order whatever the tile
-// it falls in: one chain of fused multiply-adds for each kBlock of k, and the blocks' sums added in
-// order. So its bits depend on nothing but its own row of x and its own row of weight: not on the
-// batch, not on the threads. The blocks also keep the rounding error of long sums down.
+// then used for many rows of x. Either operand may be a transposed matrix, as in the products of the
+// backward pass, dy @ weight and dy.T @ x: it is then packed the other way.
+//
+// An output element is summed over k in one order whatever the tile it falls in: one chain of fused
+// multiply-adds for each kBlock of k, and the blocks' sums added in order. So its bits depend on
+// nothing but its own row of x and its own row of weight: not on the batch, not on the threads. The
+// blocks also keep the rounding error of long sums down.
 #pragma once
 
 #include <algorithm>
@@ -23,8 +26,18 @@ constexpr int kRows = 6;  // 12 + 2 + 1 of 16
 #endif
 constexpr int64_t kBlock = 192;  // in lanes, see below; a multiple of 16
 
+// A matrix of which one axis is contiguous: elements apart in memory, between rows and along k.
+template <class X>
+struct Matrix {
+  const X* data;
+  int64_t row, k;
+  const X* at(int64_t i, int64_t element) const { return data + i * row + element * k; }
+  bool transposed() const { return k != 1; }
+};
+
 // What one 32-bit lane holds: a float32, or where the CPU multiplies them, two bfloat16 that are
-// neighbours in k.
+// neighbours in k. load_lanes takes the lanes of one row, load_across one lane of several rows that
+// are neighbours in memory, `step` from one k to the next, of which `elements` are left.
 struct Float32 {
   static constexpr int kPerLane = 1;
   template <class X>
@@ -34,6 +47,10 @@ struct Float32 {
   template <class X>
   static Vec load_lanes(const X* x, int64_t elements) {
     return load(x, static_cast<int>(elements));
+  }
+  template <class X>
+  static Vec load_across(const X* x, int64_t, int rows, int64_t) {
+    return rows == kWidth ? load(x) : load(x, rows);
   }
   static Vec multiply_add(Vec a, Vec b, Vec c) { return fmadd(a, b, c); }
 };
@@ -46,6 +63,12 @@ struct BFloat16Pair {
   static Vec load_lanes(const bf16* x, int64_t elements) {
     const auto mask = static_cast<__mmask32>((1u << elements) - 1u);
     return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, x));
+  }
+  static Vec load_across(const bf16* x, int64_t step, int rows, int64_t elements) {
+    const __m512i even = _mm512_cvtepu16_epi32(load16(x, rows));
+    if (elements == 1) return _mm512_castsi512_ps(even);
+    const __m512i odd = _mm512_cvtepu16_epi32(load16(x + step, rows));
+    return _mm512_castsi512_ps(_mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
   }
   static Vec multiply_add(Vec a, Vec b, Vec c) {
     return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
@@ -112,17 +135,31 @@ inline void transpose(Vec (&v)[8]) {
 }
 #endif
 
-// Writes `rows` <= kWidth rows of weight as columns of a panel; the columns past them are zeros.
+// The lanes of up to kWidth rows from `element` on, rows past `rows` zero: v[i] is row i, kWidth of
+// its lanes, or of a transposed matrix lane i of kWidth rows.
 template <class Lane, class X>
-void pack(const X* weight, int64_t stride, int64_t rows, int64_t elements, float* panel) {
-  for (int64_t at = 0; at < elements; at += kWidth * Lane::kPerLane) {
+void load_square(Matrix<X> m, int64_t row, int rows, int64_t element, int64_t end,
+                 Vec (&v)[kWidth]) {
+  for (int i = 0; i < kWidth; ++i) {
+    if (m.transposed()) {
+      const int64_t k = element + i * Lane::kPerLane;
+      v[i] = k < end ? Lane::load_across(m.at(row, k), m.k, rows, end - k) : zero();
+    } else {
+      v[i] = i < rows ? load_row<Lane>(m.at(row + i, 0), element, end) : zero();
+    }
+  }
+}
+
+// Writes elements begin … end of `rows` <= kWidth rows of weight as columns of a panel; the
+// columns past them are zeros.
+template <class Lane, class X>
+void pack(Matrix<X> weight, int64_t row, int rows, int64_t begin, int64_t end, float* panel) {
+  for (int64_t at = begin; at < end; at += kWidth * Lane::kPerLane) {
     Vec v[kWidth];
-    for (int r = 0; r < kWidth; ++r)
-      v[r] = r < rows ? load_row<Lane>(weight + r * stride, at, elements) : zero();
-    transpose(v);
-    const int64_t lane = at / Lane::kPerLane;
-    const int64_t lanes = std::min<int64_t>(kWidth, lanes_of<Lane>(elements) - lane);
-    for (int64_t k = 0; k < lanes; ++k) store(panel + (lane + k) * kCols, v[k]);
+    load_square<Lane>(weight, row, rows, at, end, v);
+    if (!weight.transposed()) transpose(v);
+    const int64_t lanes = std::min<int64_t>(kWidth, lanes_of<Lane>(end - at));
+    for (int64_t k = 0; k < lanes; ++k, panel += kCols) store(panel, v[k]);
   }
 }
 
@@ -131,11 +168,22 @@ void pack(const X* weight, int64_t stride, int64_t rows, int64_t elements, float
 constexpr int64_t kBlockStride = kBlock + kWidth;
 
 template <class Lane, class X>
-void copy_block(const X* x, int64_t stride, int64_t rows, int64_t elements, float* block) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t at = 0; at < elements; at += kWidth * Lane::kPerLane)
-      store(block + r * kBlockStride + at / Lane::kPerLane,
-            load_row<Lane>(x + r * stride, at, elements));
+void copy_block(Matrix<X> x, int64_t row, int64_t rows, int64_t begin, int64_t end, float* block) {
+  constexpr int64_t kElements = kWidth * Lane::kPerLane;
+  if (x.transposed()) {
+    for (int64_t at = begin; at < end; at += kElements, block += kWidth)
+      for (int64_t r = 0; r < rows; r += kWidth) {
+        const int count = static_cast<int>(std::min<int64_t>(kWidth, rows - r));
+        Vec v[kWidth];
+        load_square<Lane>(x, row + r, count, at, end, v);
+        transpose(v);
+        for (int64_t i = 0; i < count; ++i) store(block + (r + i) * kBlockStride, v[i]);
+      }
+  } else {
+    for (int64_t r = 0; r < rows; ++r, block += kBlockStride)
+      for (int64_t at = begin; at < end; at += kElements)
+        store(block + (at - begin) / Lane::kPerLane, load_row<Lane>(x.at(row + r, 0), at, end));
+  }
 }
 
 // Memory to bring into the second-level cache while the arithmetic units are busy: `count` pieces

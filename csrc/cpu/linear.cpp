@@ -16,17 +16,17 @@ namespace {
 using namespace gemm;
 
 constexpr int64_t kMaxGroup = 16;  // panels per task
+// Blocks of k per slab: then the cache holds six panels or so, and a transposed weight is read in
+// long pieces.
+constexpr int64_t kMaxSlab = 4;
+// Tiles of a transposed x that are copied at once, whole cache lines of it: its rows may lie a
+// multiple of the caches' size apart, where few lines stay until the next tile.
+constexpr int64_t kTransposedTiles = 8;
+constexpr int64_t kTile = kRows * kCols;
 // A task of fewer rows would spend more than 3 % of its time transposing the weight.
 constexpr int64_t kMinChunk = 12 * kRows;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-template <class X>
-struct Rows {
-  const X* data;
-  int64_t stride;
-  const X* operator[](int64_t i) const { return data + i * stride; }
-};
 
 // What the panels of a task may fill: most of a core's second-level cache.
 int64_t panel_bytes() {
@@ -37,8 +37,8 @@ int64_t panel_bytes() {
   return bytes;
 }
 
-// A thread's own buffers: they live as long as it does, so that no call pays for fresh pages.
-float* panel_memory(int64_t floats) {
+// A thread's own buffer: it lives as long as the thread does, so that no call pays for fresh pages.
+float* thread_memory(int64_t floats) {
   struct Free {
     void operator()(float* p) const { std::free(p); }
   };
@@ -62,16 +62,23 @@ struct Columns {
 };
 
 // Calls epilogue(tile, row, rows, column, columns) for every tile of x @ weight.T.
+//
+// A task is a group of panels times a chunk of tokens. Sums too long for the panels to fit the
+// cache are cut into slabs: the tiles of a task then wait in memory for their next slab.
 template <class Lane, class X, class Epilogue>
 struct Product {
-  Rows<X> x, weight;
+  static constexpr int64_t kElements = kBlock * Lane::kPerLane;
+
+  Matrix<X> x, weight;
   int64_t tokens, in_features;
   Columns columns;
   const Epilogue& epilogue;
 
   int64_t panels = ceil_div(columns.width, columns.step);
-  int64_t panel_floats = lanes_of<Lane>(in_features) * kCols;
-  int64_t groups = 1, chunks = 1;  // of panels, of tokens: a task is one of each
+  int64_t slabs = ceil_div(in_features, kMaxSlab * kElements);
+  int64_t slab = ceil_div(in_features, std::max<int64_t>(1, slabs) * kElements) * kElements;
+  int64_t panel_floats = lanes_of<Lane>(std::min(slab, in_features)) * kCols;
+  int64_t groups = 1, chunks = 1;
 
   // As few groups as the cache allows, then enough tasks for threads to end together: chunks where
   // there are tokens enough to pay for packing again, else smaller groups.
@@ -84,6 +91,8 @@ struct Product {
     groups = std::min(panels, ceil_div(groups, multiple) * multiple);
   }
 
+  // Whether the tiles of a task wait in memory for their next slab or block.
+  bool waits() const { return slabs > 1 || x.transposed(); }
   int64_t first_panel(int64_t task) const { return panels * (task / chunks) / groups; }
   int64_t first_token(int64_t chunk) const { return tokens * chunk / chunks; }
 
@@ -92,58 +101,75 @@ struct Product {
     const int64_t threads = torch::stable::get_num_threads();
     split(threads);
     const int64_t tasks = groups * chunks;
+    const int64_t panel_memory = ceil_div(panels, groups) * panel_floats;
+    const int64_t waiting =
+        waits() ? ceil_div(ceil_div(tokens, chunks), kRows) * ceil_div(panels, groups) : 0;
     std::atomic<int64_t> next{0};
     torch::stable::parallel_for(0, std::min(threads, tasks), 1, [&](int64_t, int64_t) {
-      float* const memory = panel_memory(ceil_div(panels, groups) * panel_floats);
+      float* const memory = thread_memory(panel_memory + waiting * kTile);
       // A thread claims its next task before it works on this one, to fetch its weights meanwhile.
       for (int64_t task = next++, following; task < tasks; task = following) {
         following = next++;
         const int64_t first = first_panel(task), count = first_panel(task + chunks) - first;
-        for (int64_t p = 0; p < count; ++p) pack_panel(first + p, memory + p * panel_floats);
         Ahead weights;
-        if (following < tasks && following / chunks != task / chunks) {
+        if (following < tasks && following / chunks != task / chunks && slabs == 1 &&
+            !weight.transposed()) {
           const int64_t from = first_panel(following) * columns.step;
-          const int64_t to = std::min(columns.width, first_panel(following + chunks) * columns.step);
-          weights = {reinterpret_cast<const char*>(weight[from]), Ahead::kPiece,
-                     (to - from) * weight.stride * int64_t{sizeof(X)} / Ahead::kPiece};
+          const int64_t panel = first_panel(following + chunks);
+          const int64_t to = std::min(columns.width, panel * columns.step);
+          weights = {reinterpret_cast<const char*>(weight.at(from, 0)), Ahead::kPiece,
+                     (to - from) * weight.row * int64_t{sizeof(X)} / Ahead::kPiece};
         }
-        const int64_t chunk = task % chunks;
-        multiply_rows(first_token(chunk), first_token(chunk + 1), memory, first, count, weights);
+        const int64_t begin = first_token(task % chunks), end = first_token(task % chunks + 1);
+        int64_t at = 0;
+        do {  // once at least: sums of no elements are zero
+          const int64_t stop = std::min(in_features, at + slab);
+          for (int64_t p = 0; p < count; ++p)
+            pack_panel(first + p, at, stop, memory + p * panel_floats);
+          multiply_rows(begin, end, at, stop, memory, first, count, memory + panel_memory, weights);
+          at = stop;
+        } while (at < in_features);
       }
     });
   }
 
-  void pack_panel(int64_t p, float* panel) const {
+  void pack_panel(int64_t p, int64_t begin, int64_t end, float* panel) const {
     for (int h = 0; h < 2; ++h) {
       const int64_t row = p * columns.step + h * columns.offset;
-      const int64_t end = columns.step == kCols ? columns.width : columns.width + h * columns.offset;
-      pack<Lane>(weight[row], weight.stride, std::clamp<int64_t>(end - row, 0, kWidth), in_features,
-                 panel + h * kWidth);
+      const int64_t last = columns.width + (columns.step == kCols ? 0 : h * columns.offset);
+      const int rows = static_cast<int>(std::clamp<int64_t>(last - row, 0, kWidth));
+      pack<Lane>(weight, row, rows, begin, end, panel + h * kWidth);
     }
   }
 
-  void multiply_rows(int64_t begin, int64_t end, const float* memory, int64_t first, int64_t count,
+  // The tiles of tokens begin … end and panels first … first + count, summed over elements
+  // slab_begin … slab_end.
+  void multiply_rows(int64_t begin, int64_t end, int64_t slab_begin, int64_t slab_end,
+                     const float* memory, int64_t first, int64_t count, float* waiting,
                      Ahead weights) const {
-    alignas(64) float tile[kMaxGroup][kRows * kCols] = {};
-    alignas(64) float block[kRows * kBlockStride];
-    constexpr int64_t kElements = kBlock * Lane::kPerLane;
+    alignas(64) float at_once[kMaxGroup * kTile] = {};
+    alignas(64) float block[kTransposedTiles * kRows * kBlockStride];
     // Tiles of nearly equal height: a last one of a row or two would leave the units idle.
     const int64_t tiles = ceil_div(end - begin, kRows);
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t row = begin + (end - begin) * t / tiles;
-      const int64_t rows = begin + (end - begin) * (t + 1) / tiles - row;
-      const TileFn multiply_tile = kTileFns<Lane>[rows - 1];
-      for (int64_t at = 0; at < in_features; at += kElements) {
-        const int64_t elements = std::min(kElements, in_features - at);
-        const int64_t lanes = lanes_of<Lane>(elements);
-        copy_block<Lane>(x[row] + at, x.stride, rows, elements, block);
-        const bool last = at + kElements >= in_features;
-        const X* const next = last ? x[row + rows] : x[row] + at + kElements;
-        Ahead ahead{reinterpret_cast<const char*>(next), x.stride * int64_t{sizeof(X)},
-                    last && row + rows == end ? 0 : rows};
-        for (int64_t p = 0; p < count; ++p) {
-          multiply_tile(block, lanes, memory + p * panel_floats + at / Lane::kPerLane * kCols,
-                        at == 0, tile[p], ahead);
+    const auto first_row = [&](int64_t t) { return begin + (end - begin) * t / tiles; };
+    for (int64_t t = 0, next; t < tiles; t = next) {
+      next = std::min(tiles, t + (x.transposed() ? kTransposedTiles : 1));
+      const int64_t row = first_row(t), rows = first_row(next) - row;
+      float* const sums = waits() ? waiting + t * count * kTile : at_once;
+      for (int64_t at = slab_begin; at < slab_end; at += kElements) {
+        const int64_t stop = std::min(slab_end, at + kElements), lanes = lanes_of<Lane>(stop - at);
+        copy_block<Lane>(x, row, rows, at, stop, block);
+        Ahead ahead;
+        if (const bool last = stop == slab_end; !x.transposed() && !(last && next == tiles))
+          ahead = {reinterpret_cast<const char*>(last ? x.at(row + rows, slab_begin)
+                                                      : x.at(row, stop)),
+                   x.row * int64_t{sizeof(X)}, rows};
+        const float* panel = memory + (at - slab_begin) / Lane::kPerLane * kCols;
+        for (int64_t p = 0; p < count; ++p, panel += panel_floats) {
+          for (int64_t i = t; i < next; ++i)
+            kTileFns<Lane>[first_row(i + 1) - first_row(i) - 1](
+                block + (first_row(i) - row) * kBlockStride, lanes, panel, at == 0,
+                sums + ((i - t) * count + p) * kTile, ahead);
           if (p > 0) {
             const int64_t pieces = ceil_div(lanes, Ahead::kLanes);
             weights.at += pieces * weights.step;
@@ -152,13 +178,30 @@ struct Product {
           ahead = weights;
         }
       }
-      for (int64_t p = 0; p < count; ++p) {
-        const int64_t column = (first + p) * columns.step;
-        epilogue(tile[p], row, rows, column, std::min(columns.step, columns.width - column));
-      }
+      if (slab_end < in_features) continue;
+      for (int64_t i = t; i < next; ++i)
+        for (int64_t p = 0; p < count; ++p) {
+          const int64_t column = (first + p) * columns.step;
+          epilogue(sums + ((i - t) * count + p) * kTile, first_row(i),
+                   first_row(i + 1) - first_row(i), column,
+                   std::min(columns.step, columns.width - column));
+        }
     }
   }
 };
+
+bool has_contiguous_rows(const Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1; }
+
+// Either axis may be the contiguous one; the other's stride is free.
+Tensor as_matrix(const Tensor& t) {
+  const bool transposed = t.size(0) > 1 && t.stride(0) == 1;
+  return has_contiguous_rows(t) || transposed ? t : torch::stable::contiguous(t);
+}
+
+template <class X>
+Matrix<X> matrix(const Tensor& t) {
+  return {data<X>(t), t.stride(0), has_contiguous_rows(t) ? 1 : t.stride(1)};
+}
 
 template <class X, class Epilogue>
 void run(const Tensor& x, const Tensor& weight, Columns columns, const Epilogue& epilogue) {
@@ -167,18 +210,13 @@ void run(const Tensor& x, const Tensor& weight, Columns columns, const Epilogue&
 #else
   using Lane = Float32;
 #endif
-  Product<Lane, X, Epilogue>{{data<X>(x), x.stride(0)},
-                             {data<X>(weight), weight.stride(0)},
+  Product<Lane, X, Epilogue>{matrix<X>(x),
+                             matrix<X>(weight),
                              x.size(0),
                              x.size(1),
                              columns,
                              epilogue}
       .run();
-}
-
-// Rows may lie apart, their elements may not.
-Tensor with_contiguous_rows(const Tensor& t) {
-  return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
 }
 
 void check(const char* op, const Tensor& x, const Tensor& weight) {
@@ -189,13 +227,14 @@ void check(const char* op, const Tensor& x, const Tensor& weight) {
 
 Tensor linear(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& residual_) {
   check("linear", x_, weight_);
-  const Tensor x = with_contiguous_rows(x_), weight = with_contiguous_rows(weight_);
+  const Tensor x = as_matrix(x_), weight = as_matrix(weight_);
   const int64_t width = weight.size(0);
   std::optional<Tensor> residual;
   if (residual_.has_value()) {
     require(residual_->dim() == 2 && residual_->size(0) == x.size(0) && residual_->size(1) == width,
             "linear", "residual must have shape (tokens, out_features)");
-    residual = with_contiguous_rows(*residual_);
+    residual = *residual_;
+    if (!has_contiguous_rows(*residual)) residual = torch::stable::contiguous(*residual);
   }
   Tensor y = empty_cpu({x.size(0), width}, residual ? residual->scalar_type() : x.scalar_type());
   dispatch("linear", "x", x, [&](auto* x_type) {
@@ -203,14 +242,16 @@ Tensor linear(const Tensor& x_, const Tensor& weight_, const std::optional<Tenso
       using X = std::remove_pointer_t<decltype(x_type)>;
       using Y = std::remove_pointer_t<decltype(y_type)>;
       Y* const out = data<Y>(y);
-      const Rows<Y> added = residual ? Rows<Y>{data<Y>(*residual), residual->stride(0)} : Rows<Y>{};
+      const Y* const added = residual ? data<Y>(*residual) : nullptr;
+      const int64_t added_stride = residual ? residual->stride(0) : 0;
       run<X>(x, weight, {width, kCols, kWidth},
              [=](const float* tile, int64_t row, int64_t rows, int64_t column, int64_t columns) {
                for (int64_t r = 0; r < rows; ++r)
                  for (int64_t c = 0; c < columns; c += kWidth) {
                    Vec v = load(tile + r * kCols + c);
                    Y* const to = out + (row + r) * width + column + c;
-                   const Y* const from = added.data ? added[row + r] + column + c : nullptr;
+                   const Y* const from =
+                       added ? added + (row + r) * added_stride + column + c : nullptr;
                    if (const int n = static_cast<int>(columns - c); n < kWidth) {
                      store(to, from ? v + load(from, n) : v, n);
                    } else {
@@ -226,7 +267,7 @@ Tensor linear(const Tensor& x_, const Tensor& weight_, const std::optional<Tenso
 Tensor linear_swiglu(const Tensor& x_, const Tensor& weight_) {
   check("linear_swiglu", x_, weight_);
   require(weight_.size(0) % 2 == 0, "linear_swiglu", "weight must have shape (2 * width, in_features)");
-  const Tensor x = with_contiguous_rows(x_), weight = with_contiguous_rows(weight_);
+  const Tensor x = as_matrix(x_), weight = as_matrix(weight_);
   const int64_t width = weight.size(0) / 2;
   Tensor y = empty_cpu({x.size(0), width}, x.scalar_type());
   dispatch("linear_swiglu", "x", x, [&](auto* type) {
