@@ -47,6 +47,7 @@ gpu: setup
 	$(BIN)/python -m neobert_kernels
 	$(BIN)/python -m pytest tests/gpu
 	$(BIN)/python -m pytest $(OP_BENCHMARKS) --benchmark-only
+	$(BIN)/python benchmarks/report.py
 
 budgets: setup
 	$(BIN)/python tests/budgets.py

@@ -1,6 +1,7 @@
 """Prints the README's tables from benchmarks/results/; --write puts them into the README."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -67,22 +68,49 @@ def attention_table(results: dict) -> list[str]:
     return lines
 
 
+ROW_OPS = {
+    "RMSNorm": "bench_rms_norm.py::test_rms_norm",
+    "add + RMSNorm": "bench_rms_norm.py::test_add_rms_norm",
+    "SwiGLU": "bench_swiglu.py::test_swiglu",
+    "rotary": "bench_rotary.py::test_rotary",
+    "rotary on packed qkv": "bench_rotary.py::test_rotary_qkv",
+}
+
+
 def row_op_table(results: dict) -> list[str]:
     """Share of copy bandwidth of the row ops' forward, ours and plain PyTorch."""
-    ops = {
-        "RMSNorm": "bench_rms_norm.py::test_rms_norm[{}-torch.{}]",
-        "add + RMSNorm": "bench_rms_norm.py::test_add_rms_norm[{}-torch.{}]",
-        "SwiGLU": "bench_swiglu.py::test_swiglu[{}-torch.{}]",
-        "rotary": "bench_rotary.py::test_rotary[{}-torch.{}]",
-        "rotary on packed qkv": "bench_rotary.py::test_rotary_qkv[{}-torch.{}]",
-    }
     columns = [(by, dtype) for dtype in DTYPES for by in ("ours", "plain")]
     titles = " | ".join(f"{by}, {dtype}" for by, dtype in columns)
     lines = [f"| forward, share of copy bandwidth | {titles} |", "|---|" + "---|" * len(columns)]
-    for label, name in ops.items():
-        figures = [results.get(name.format(by, dtype)) for by, dtype in columns]
+    for label, test in ROW_OPS.items():
+        figures = [results.get(f"{test}[{by}-torch.{dtype}]") for by, dtype in columns]
         cells = [f"{each['share_of_copy']:.2f}" if each else "-" for each in figures]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def gpu_row_op_table(results: dict) -> list[str]:
+    """Share of copy bandwidth in bfloat16, of every implementation that was there, by tokens."""
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for label, test in ROW_OPS.items():
+        for suffix, direction in (("", "forward"), ("_backward", "backward")):
+            for name, figures in results.items():
+                match = re.fullmatch(
+                    rf"{re.escape(test)}{suffix}\[(\d+)-([^-]+)-torch\.bfloat16\]", name
+                )
+                if match and "share_of_copy" in figures:
+                    row = found.setdefault((f"{label} {direction}", match[2]), {})
+                    row[int(match[1])] = figures["share_of_copy"]
+    tokens = sorted({count for row in found.values() for count in row})
+    lines = [
+        "| share of copy bandwidth, bfloat16, at tokens | by | "
+        + " | ".join(f"{count:,}" for count in tokens)
+        + " |",
+        "|---|---|" + "---|" * len(tokens),
+    ]
+    for (label, by), row in found.items():
+        cells = [f"{row[count]:.2f}" if count in row else "-" for count in tokens]
+        lines.append(f"| {label} | {by} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -90,9 +118,13 @@ def render(path: Path) -> str:
     """The Markdown between the README's markers, from one results file."""
     document = json.loads(path.read_text())
     machine, results = document["machine"], document["results"]
+    source = f"torch {machine['torch']}), from `{path.relative_to(ROOT)}`:"
+    if "gpu" in machine:
+        title = f"On an {machine['gpu']} (triton {machine['triton']}, {source}"
+        return "\n".join([title, "", *gpu_row_op_table(results)])
     lines = [
         f"On {machine['cores']} cores of an {machine['cpu']} ({machine['cpu_kernels']} kernels,"
-        f" torch {machine['torch']}), from `{path.relative_to(ROOT)}`:",
+        f" {source}",
         "",
     ]
     if any("bench_encoder" in name for name in results):

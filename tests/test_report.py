@@ -1,0 +1,60 @@
+"""The README's tables are what the results files say, for a CPU and for a GPU."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def report(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks/report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    (tmp_path / "benchmarks/results").mkdir(parents=True)
+    return module
+
+
+def write(root: Path, machine: dict, results: dict) -> Path:
+    path = root / "benchmarks/results/machine.json"
+    path.write_text(json.dumps({"machine": machine | {"torch": "2.13"}, "results": results}))
+    return path
+
+
+def test_gpu(report, tmp_path):
+    names = {
+        "bench_rms_norm.py::test_rms_norm[1024-ours-torch.bfloat16]": 0.5,
+        "bench_rms_norm.py::test_rms_norm[131072-ours-torch.bfloat16]": 0.91,
+        "bench_rms_norm.py::test_rms_norm[131072-liger-torch.bfloat16]": 0.77,
+        "bench_rms_norm.py::test_rms_norm[131072-ours-torch.float32]": 0.11,
+        "bench_rms_norm.py::test_rms_norm_backward[131072-ours-torch.bfloat16]": 0.81,
+    }
+    results = {name: {"share_of_copy": share} for name, share in names.items()}
+    text = report.render(write(tmp_path, {"gpu": "NVIDIA H200", "triton": "3.6.0"}, results))
+    assert text.splitlines()[2:] == [
+        "| share of copy bandwidth, bfloat16, at tokens | by | 1,024 | 131,072 |",
+        "|---|---|---|---|",
+        "| RMSNorm forward | ours | 0.50 | 0.91 |",
+        "| RMSNorm forward | liger | - | 0.77 |",
+        "| RMSNorm backward | ours | - | 0.81 |",
+    ]
+
+
+def test_cpu(report, tmp_path):
+    machine = {"cores": 2, "cpu": "CPU", "cpu_kernels": "avx2"}
+    results = {"bench_swiglu.py::test_swiglu[ours-torch.bfloat16]": {"share_of_copy": 0.753}}
+    text = report.render(write(tmp_path, machine, results))
+    assert "| SwiGLU | - | - | 0.75 | - |" in text
+
+
+def test_the_readme_shows_the_results_files():
+    spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks/report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    readme = (ROOT / "README.md").read_text()
+    for path in (ROOT / "benchmarks/results").glob("*.json"):
+        assert module.render(path) in readme, "run `python benchmarks/report.py --write`"
