@@ -273,7 +273,7 @@ def demonstrate(folder: Path, texts: list[str], dtypes: list[str], seconds: floa
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="neobert.demo", description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", help="checkpoint directory or hub repository")
-    parser.add_argument("--seconds", type=float, default=7, help="of texts to embed, default 7")
+    parser.add_argument("--seconds", type=float, default=3.5, help="of texts to embed, default 3.5")
     options = parser.parse_args(arguments)
     disable_progress_bar()  # transformers', for loading the weights
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; {_compiled.status()}")
