@@ -126,4 +126,4 @@ def lane_of_stream(data: IterableDataset, lane: int, lanes: int) -> IterableData
     """The part of a stream that belongs to one lane; the parts are disjoint."""
     if data.num_shards >= lanes:
         return data.shard(lanes, lane, contiguous=False)
-    return split_dataset_by_node(data, lane, lanes, strategy="examples")
+    return split_dataset_by_node(data, lane, lanes)  # one example in `lanes`
