@@ -58,6 +58,7 @@ def pretrain(
     """
     try:
         from omegaconf import OmegaConf
+        from transformers.utils.logging import disable_progress_bar
 
         from neobert.pretrain import pretrain as run
         from neobert.recipes import load_config
@@ -73,6 +74,7 @@ def pretrain(
         if show:
             typer.echo(OmegaConf.to_yaml(OmegaConf.structured(settings)), nl=False)
             return
+        disable_progress_bar()  # transformers', for writing and loading weights
         result = run(settings)
     except (ValueError, FileNotFoundError, SaveError, RuntimeError) as error:
         raise _fail(error) from error

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -91,6 +92,7 @@ def pretrain(config: PretrainConfig) -> Result:
     # --- processes and devices --------------------------------------------------------------------
     output = Path(config.output)
     accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),  # or accelerate ignores torchrun on a machine without
         mixed_precision=PRECISIONS[config.precision],
         gradient_accumulation_steps=1,  # until the number of processes is known
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
@@ -153,13 +155,16 @@ def pretrain(config: PretrainConfig) -> Result:
     else:
         model = NeoBERTLMHead(model_config)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.compile:
         model.compile(dynamic=True)
     optimizer = adamw(
         model, config.lr, (config.beta1, config.beta2), config.eps, config.weight_decay
     )
-    model, optimizer = accelerator.prepare(model, optimizer)
+    with warnings.catch_warnings():
+        # torch renames broadcast_buffers; accelerate does not know the new name yet.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        model, optimizer = accelerator.prepare(model, optimizer)
     if weights_from and (Path(weights_from) / OPTIMIZER).exists():
         load_optimizer(Path(weights_from), accelerator, model, optimizer)
     model.train()

@@ -78,7 +78,7 @@ def save_checkpoint(
             tokenizer.save_pretrained(aside)
             if not deepspeed:
                 torch.save({"optimizer": moments, "random": random_states}, aside / OPTIMIZER)
-            (aside / PROGRESS).write_text(json.dumps({"step": step, **progress}))
+            (aside / PROGRESS).write_text(json.dumps({**progress, "step": step}))
             _flush(aside)
         except Exception as error:  # whatever safetensors, torch or the system raise on a full disk
             failure = error
