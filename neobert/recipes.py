@@ -28,6 +28,8 @@ class ModelShape:
     num_attention_heads: int = 12
     intermediate_size: int = 3072
     norm_eps: float = 1e-5
+    embedding_init_range: float = 0.02
+    decoder_init_range: float = 0.02
 
 
 @dataclass
