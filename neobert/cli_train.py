@@ -44,7 +44,10 @@ def pretrain(
     ] = None,
     output: Annotated[
         str | None,
-        typer.Option(help="Directory for checkpoints and metrics; a run there is continued."),
+        typer.Option(
+            help="Directory for checkpoints and metrics; a run there is continued.",
+            show_default="runs/PRESET",
+        ),
     ] = None,
     show: Annotated[
         bool, typer.Option("--show", help="Print the settings as YAML, and do nothing.")
@@ -67,8 +70,6 @@ def pretrain(
         raise _need_extra(error) from error
     given = [f"data={[{'path': path} for path in data]}"] if data else []
     given += [f"output={output}"] if output else []
-    if show and not output:
-        given.append("output=OUTPUT")
     try:
         settings = load_config(preset, config, [*given, *(overrides or [])])
         if show:

@@ -27,6 +27,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.modeling_outputs import MaskedLMOutput
 
 from neobert.corpus import open_texts, text_batches
 from neobert.data import Corpus, MaskedBatch, TrainingStream
@@ -43,7 +44,7 @@ from neobert.metrics import (
 from neobert.model import NeoBERTLMHead
 from neobert.optim import adamw, learning_rate
 from neobert.readers import Cut
-from neobert.recipes import PRECISIONS, PretrainConfig, load_config, save_config
+from neobert.recipes import PretrainConfig, load_config, save_config
 from neobert.saving import (
     OPTIMIZER,
     check_shape,
@@ -93,7 +94,7 @@ def pretrain(config: PretrainConfig) -> Result:
     output = Path(config.output)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),  # or accelerate ignores torchrun on a machine without
-        mixed_precision=PRECISIONS[config.precision],
+        mixed_precision="no",  # it would cast the residual stream too: see `forward`
         gradient_accumulation_steps=1,  # until the number of processes is known
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
@@ -189,7 +190,7 @@ def pretrain(config: PretrainConfig) -> Result:
     since, tokens_since = time.perf_counter(), 0
     with stop_signals() as stop, stream:
         for batches, states in islice(stream, config.steps - step):
-            # --- one step: forward and backward of each micro-batch -------------------------------
+            # --- one step: forward and backward ---------------------------------------------------
             counts = torch.tensor(
                 [
                     sum(batch.num_masked for batch in batches),
@@ -202,30 +203,31 @@ def pretrain(config: PretrainConfig) -> Result:
             counts = accelerator.reduce(counts, "sum")
             masked = counts[0].clamp(min=1)
             logging = (step + 1) % config.log_every == 0 or step + 1 == config.steps
-            loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-            correct = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-            for number, batch in enumerate(batches, 1):
-                measured = logging and number == len(batches)
-                with accelerator.accumulate(model):
-                    out = model(
-                        **inputs(batch, config, accelerator, tokenizer),
-                        num_items_in_batch=masked,
-                        output_logits="labelled" if measured else False,
-                    )
-                    # Processes are averaged and accumulation divides: undone here, for the sum is
-                    # divided by the masked tokens of all processes and micro-batches already.
-                    accelerator.backward(out.loss * (processes * accumulation))
-                loss += out.loss.detach()
-                if measured:
-                    correct += hits(out.logits, batch.labels)
-
-            # --- one step: the update -------------------------------------------------------------
             lr = learning_rate(
                 step, config.steps, config.lr, config.warmup_steps, config.decay_fraction,
                 config.min_lr_ratio,
             )  # fmt: skip
             for group in optimizer.param_groups:
                 group["lr"] = lr
+            loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+            correct = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+            for number, batch in enumerate(batches, 1):
+                measured = logging and number == len(batches)
+                with accelerator.accumulate(model):
+                    out = forward(
+                        model, batch, config, tokenizer,
+                        num_items_in_batch=masked,
+                        output_logits="labelled" if measured else False,
+                    )  # fmt: skip
+                    # Processes are averaged and accumulation divides: undone here, for the sum is
+                    # divided by the masked tokens of all processes and micro-batches already.
+                    # (With the last of them DeepSpeed makes its update, too.)
+                    accelerator.backward(out.loss * (processes * accumulation))
+                loss += out.loss.detach()
+                if measured:
+                    correct += hits(out.logits, batch.labels)
+
+            # --- one step: the update -------------------------------------------------------------
             norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
             sums = torch.stack([loss, *correct, torch.full_like(loss, stop.requested)])
             sums = torch.cat([accelerator.reduce(sums, "sum"), counts, whole(norm, loss)])
@@ -285,15 +287,20 @@ def pretrain(config: PretrainConfig) -> Result:
     return result
 
 
-def inputs(
+def forward(
+    model: nn.Module,
     batch: MaskedBatch,
     config: PretrainConfig,
-    accelerator: Accelerator,
     tokenizer: PreTrainedTokenizerBase,
-) -> dict[str, Any]:
-    """The model's arguments for a micro-batch, on the process's device."""
-    batch = batch.to(accelerator.device)
-    return batch.padded_inputs(tokenizer.pad_token_id) if config.padded else batch.inputs()
+    **options: Any,
+) -> MaskedLMOutput:
+    """The model on a micro-batch. bfloat16 is autocast here, whatever engine wraps the model: the
+    engines' own mixed precision casts the parameters or the residual stream."""
+    device = next(model.parameters()).device
+    batch = batch.to(device)
+    inputs = batch.padded_inputs(tokenizer.pad_token_id) if config.padded else batch.inputs()
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        return model(**inputs, **options)
 
 
 def hits(logits: Tensor, labels: Tensor) -> Tensor:
@@ -326,7 +333,7 @@ def evaluate(
         # All processes call the model as often, as FSDP demands; a surplus one's result is dropped.
         mine = first + accelerator.process_index
         batch = batches[min(mine, len(batches) - 1)]
-        out = model(**inputs(batch, config, accelerator, tokenizer), output_logits="labelled")
+        out = forward(model, batch, config, tokenizer, output_logits="labelled")
         if mine < len(batches) and batch.num_masked:
             right = hits(out.logits, batch.labels)
             sums += torch.cat([out.loss.double().reshape(1) * right[1], right])

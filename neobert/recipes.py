@@ -15,7 +15,7 @@ from neobert.config import NeoBERTConfig
 from neobert.corpus import Source
 from neobert.masking import SCHEMES
 
-PRECISIONS = {"float32": "no", "bfloat16": "bf16"}  # and what accelerate calls them
+PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass
@@ -128,6 +128,7 @@ REFINEDWEB = "tiiuae/falcon-refinedweb"
 def neobert_1024() -> PretrainConfig:
     """Stage 1: 1M steps of 2M tokens at 1,024, as the defaults."""
     return PretrainConfig(
+        output="runs/neobert-1024",
         data=[Source(REFINEDWEB, "content", streaming=True)],
         tokenizer="google-bert/bert-base-uncased",
     )
@@ -136,6 +137,7 @@ def neobert_1024() -> PretrainConfig:
 def neobert_4096() -> PretrainConfig:
     """Stage 2: 50k more steps at 4,096 and the last learning rate, on longer documents."""
     return PretrainConfig(
+        output="runs/neobert-4096",
         data=[
             Source(REFINEDWEB, "content", 0.2, streaming=True),
             Source(REFINEDWEB, "content", 0.4, min_tokens=1024, streaming=True),
@@ -153,19 +155,23 @@ def neobert_4096() -> PretrainConfig:
 def tiny() -> PretrainConfig:
     """Learns something on two CPU cores while one waits."""
     return PretrainConfig(
+        output="runs/tiny",
         data=[Source("docstrings")],
         model=ModelShape(
             vocab_size=4096,
-            hidden_size=256,
+            hidden_size=128,
             num_hidden_layers=4,
-            num_attention_heads=4,
-            intermediate_size=768,
+            num_attention_heads=2,
+            intermediate_size=384,
+            # 0.02 suits a width of 768: here it would take twice the steps.
+            embedding_init_range=0.5,
+            decoder_init_range=0.08,
         ),
         max_length=128,
         split_documents=True,
         bin_tokens=2048,
-        batch_bins=2,
-        steps=1000,
+        batch_bins=1,
+        steps=2200,
         lr=2e-3,
         warmup_steps=100,
         precision="float32",

@@ -22,7 +22,7 @@ from neobert.saving import checkpoints, load_progress
 from tests.checkpoints import random_sequences
 from tests.runs import curve, run, settings, started, wait_for_step, write_texts
 
-pytestmark = [pytest.mark.no_poison, pytest.mark.usefixtures("one_thread", "no_accelerate_state")]
+pytestmark = [pytest.mark.no_poison, pytest.mark.usefixtures("one_thread")]
 
 LENGTHS = [17, 3, 40, 1, 64, 9, 128]
 

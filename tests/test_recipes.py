@@ -131,4 +131,4 @@ def test_what_is_refused_in_a_file(tmp_path):
     with pytest.raises(ValueError, match="no preset 'neobert-4069'; did you mean 'neobert-4096'"):
         load_config("neobert-4069")
     with pytest.raises(ValueError, match="missing mandatory value: output"):
-        load_config("tiny")
+        load_config()
