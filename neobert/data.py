@@ -58,8 +58,13 @@ class MaskedBatch:
     def pin_memory(self) -> MaskedBatch:
         """Copied to memory that a GPU reads while the host goes on."""
         p = self.packed
-        pinned = (t.pin_memory() for t in (p.input_ids, p.positions, p.cu_seqlens))
-        return MaskedBatch(PackedBatch(*pinned, p.max_seqlen), self.labels.pin_memory())
+        packed = PackedBatch(
+            p.input_ids.pin_memory(),
+            p.positions.pin_memory(),
+            p.cu_seqlens.pin_memory(),
+            p.max_seqlen,
+        )
+        return MaskedBatch(packed, self.labels.pin_memory())
 
     def inputs(self) -> dict[str, Any]:
         """Arguments of `NeoBERTLMHead.forward`."""

@@ -14,8 +14,6 @@ import math
 import signal
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -27,7 +25,6 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.modeling_outputs import MaskedLMOutput
 
 from neobert.corpus import open_texts, text_batches
 from neobert.data import Corpus, MaskedBatch, TrainingStream
@@ -54,6 +51,7 @@ from neobert.saving import (
     save_checkpoint,
 )
 from neobert.shards import TokenShards, is_prepared
+from neobert.signals import stop_signals
 
 CONFIG, TOKENIZER = "config.yaml", "tokenizer"
 TOKENIZER_TEXTS = 200_000  # that a tokenizer is trained on
@@ -214,18 +212,13 @@ def pretrain(config: PretrainConfig) -> Result:
             for number, batch in enumerate(batches, 1):
                 measured = logging and number == len(batches)
                 with accelerator.accumulate(model):
-                    out = forward(
-                        model, batch, config, tokenizer,
-                        num_items_in_batch=masked,
-                        output_logits="labelled" if measured else False,
-                    )  # fmt: skip
+                    part, hits = forward(model, batch, config, tokenizer, masked, measured)
                     # Processes are averaged and accumulation divides: undone here, for the sum is
                     # divided by the masked tokens of all processes and micro-batches already.
                     # (With the last of them DeepSpeed makes its update, too.)
-                    accelerator.backward(out.loss * (processes * accumulation))
-                loss += out.loss.detach()
-                if measured:
-                    correct += hits(out.logits, batch.labels)
+                    accelerator.backward(part * (processes * accumulation))
+                loss += part.detach()
+                correct += hits
 
             # --- one step: the update -------------------------------------------------------------
             norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_norm)
@@ -292,22 +285,30 @@ def forward(
     batch: MaskedBatch,
     config: PretrainConfig,
     tokenizer: PreTrainedTokenizerBase,
-    **options: Any,
-) -> MaskedLMOutput:
-    """The model on a micro-batch. bfloat16 is autocast here, whatever engine wraps the model: the
-    engines' own mixed precision casts the parameters or the residual stream."""
+    divisor: Tensor | None = None,
+    measure: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The sum of the masked tokens' losses over `divisor` (None: their number), and (2,) float64:
+    how many of them are predicted right, of how many; zeros unless `measure`.
+
+    bfloat16 is autocast here, whatever engine wraps the model: the engines' own mixed precision
+    casts the parameters or the residual stream.
+    """
     device = next(model.parameters()).device
-    batch = batch.to(device)
-    inputs = batch.padded_inputs(tokenizer.pad_token_id) if config.padded else batch.inputs()
+    moved = batch.to(device)
+    inputs = moved.padded_inputs(tokenizer.pad_token_id) if config.padded else moved.inputs()
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-        return model(**inputs, **options)
-
-
-def hits(logits: Tensor, labels: Tensor) -> Tensor:
-    """(2,) float64: how many labelled tokens have their label as the likeliest, of how many."""
-    labels = labels[labels != IGNORE_INDEX].to(logits.device)
-    right = (logits.argmax(-1) == labels).sum()
-    return torch.stack([right, torch.full_like(right, len(labels))]).double()
+        out: Any = model(
+            **inputs,
+            num_items_in_batch=divisor,
+            output_logits="labelled" if measure else False,
+        )
+    hits = torch.zeros(2, dtype=torch.float64, device=device)
+    if measure:
+        labels = batch.labels[batch.labels != IGNORE_INDEX].to(device)
+        hits[0] = (out.logits.argmax(-1) == labels).sum()
+        hits[1] = len(labels)
+    return out.loss, hits
 
 
 def whole(norm: Tensor | float | None, like: Tensor) -> Tensor:
@@ -333,13 +334,12 @@ def evaluate(
         # All processes call the model as often, as FSDP demands; a surplus one's result is dropped.
         mine = first + accelerator.process_index
         batch = batches[min(mine, len(batches) - 1)]
-        out = forward(model, batch, config, tokenizer, output_logits="labelled")
+        loss, hits = forward(model, batch, config, tokenizer)
         if mine < len(batches) and batch.num_masked:
-            right = hits(out.logits, batch.labels)
-            sums += torch.cat([out.loss.double().reshape(1) * right[1], right])
+            sums += torch.cat([loss.double().reshape(1) * hits[1], hits])
     model.train()
-    loss, right, tried = accelerator.reduce(sums, "sum").tolist()
-    return {"validation_loss": loss / tried, "validation_accuracy": right / tried}
+    total, right, tried = accelerator.reduce(sums, "sum").tolist()
+    return {"validation_loss": total / tried, "validation_accuracy": right / tried}
 
 
 def load_tokenizer(config: PretrainConfig, output: Path) -> PreTrainedTokenizerBase:
@@ -392,32 +392,3 @@ def keep_batches(output: Path, step: int, rank: int, batches: list[MaskedBatch])
     path = output / f"non-finite-step-{step + 1}-process-{rank}.pt"
     torch.save([batch.inputs() for batch in batches], path)
     return path
-
-
-@dataclass
-class StopRequest:
-    signum: int | None = None
-
-    @property
-    def requested(self) -> float:
-        return float(self.signum is not None)
-
-
-@contextmanager
-def stop_signals() -> Iterator[StopRequest]:
-    """Note SIGTERM and SIGINT in place of dying of them; a second one is obeyed at once."""
-    request = StopRequest()
-    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
-
-    def note(signum: int, frame: object) -> None:
-        request.signum = signum
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    for each in before:
-        signal.signal(each, note)
-    try:
-        yield request
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
+from typing import cast
 
 import yaml
 from omegaconf import OmegaConf
@@ -208,7 +209,7 @@ def load_config(
             if not equals:
                 raise ValueError(f"{override!r} is not of the form key=value")
             OmegaConf.update(config, key, yaml.safe_load(value))
-        return OmegaConf.to_object(config)
+        return cast(PretrainConfig, OmegaConf.to_object(config))
     except ConfigKeyError as error:
         key = str(error.full_key or error.key)
         known = map(str, getattr(error.parent_node, "keys", list)())

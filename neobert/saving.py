@@ -84,7 +84,8 @@ def save_checkpoint(
             failure = error
     if deepspeed:  # each process writes its own part
         accelerator.wait_for_everyone()
-        model.save_checkpoint(str(aside), tag=DEEPSPEED)
+        engine: Any = model
+        engine.save_checkpoint(str(aside), tag=DEEPSPEED)
     if accelerator.is_main_process and failure is None and not final.exists():
         os.rename(aside, final)
         _flush(final.parent)
@@ -112,7 +113,8 @@ def load_optimizer(
     numbers and strings.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        model.load_checkpoint(str(folder), tag=DEEPSPEED)
+        engine: Any = model
+        engine.load_checkpoint(str(folder), tag=DEEPSPEED)
         return
     saved = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
     set_optimizer_state_dict(
