@@ -17,6 +17,7 @@ from neobert.data import MaskedBatch
 from neobert.masking import IGNORE_INDEX
 
 METRICS, PLOT = "metrics.jsonl", "loss.png"
+UNIGRAMS = "validation_unigram_entropy"
 
 
 def forward_flop(config: NeoBERTConfig, tokens: int, squares: int, masked: int) -> int:
@@ -66,11 +67,12 @@ class Metrics:
     """Writes what a run measures, in the main process.
 
     step: the step the run goes on from: what an interrupted run had written beyond it is dropped.
+        At 0 that is everything.
     """
 
     def __init__(self, output: Path, step: int, steps: int, tensorboard: bool):
         self.path = output / METRICS
-        self.records = [r for r in read_metrics(output) if r["step"] <= step]
+        self.records = [r for r in read_metrics(output) if r["step"] <= step and step > 0]
         unfinished = self.path.with_name(f".{METRICS}.unfinished")
         unfinished.write_text("".join(json.dumps(record) + "\n" for record in self.records))
         os.replace(unfinished, self.path)
@@ -119,8 +121,8 @@ def read_metrics(output: Path) -> list[dict]:
     return records
 
 
-def plot_losses(records: list[dict], path: Path, baseline: float | None = None) -> None:
-    """Training and validation loss over steps; baseline: the unigram entropy, as a line."""
+def plot_losses(records: list[dict], path: Path) -> None:
+    """Training and validation loss over steps, and the validation texts' unigram entropy."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -129,8 +131,9 @@ def plot_losses(records: list[dict], path: Path, baseline: float | None = None) 
         points = [(r["step"], r[name]) for r in records if name in r]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, linewidth=1)
-    if baseline is not None:
-        axes.axhline(baseline, color="grey", linestyle="--", linewidth=1, label="unigram entropy")
+    for record in records:
+        if UNIGRAMS in record:
+            axes.axhline(record[UNIGRAMS], color="grey", linestyle="--", label="unigram entropy")
     axes.set(xlabel="step", ylabel="masked-LM loss (nats per masked token)")
     axes.legend()
     axes.grid(alpha=0.3)

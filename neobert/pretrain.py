@@ -32,6 +32,7 @@ from neobert.demo import train_tokenizer
 from neobert.masking import IGNORE_INDEX, Masking
 from neobert.metrics import (
     PLOT,
+    UNIGRAMS,
     Metrics,
     matmul_rate,
     plot_losses,
@@ -89,6 +90,7 @@ def pretrain(config: PretrainConfig) -> Result:
     cannot be written and NonFiniteLossError.
     """
     # --- processes and devices --------------------------------------------------------------------
+    began = time.perf_counter()
     output = Path(config.output)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),  # or accelerate ignores torchrun on a machine without
@@ -111,11 +113,12 @@ def pretrain(config: PretrainConfig) -> Result:
 
     # --- where the run goes on --------------------------------------------------------------------
     resume_from = next(reversed(checkpoints(output)), None)
-    progress: dict[str, Any] = {"step": 0, "tokens": 0, "lanes": {}}
+    progress: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "lanes": {}}
     if resume_from:
         check_same_run(output / CONFIG, config)
         progress = load_progress(resume_from)
     step = progress["step"]
+    began -= progress["seconds"]
 
     # --- data -------------------------------------------------------------------------------------
     with accelerator.main_process_first():
@@ -169,7 +172,7 @@ def pretrain(config: PretrainConfig) -> Result:
     model.train()
 
     # --- what the run says ------------------------------------------------------------------------
-    metrics, baseline, peak = None, None, None
+    metrics, peak = None, math.nan
     if accelerator.is_main_process:
         metrics = Metrics(output, step, config.steps, config.tensorboard)
         low = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
@@ -180,9 +183,8 @@ def pretrain(config: PretrainConfig) -> Result:
             f"{accelerator.device.type}; a step is {config.batch_bins} bins of "
             f"{config.bin_tokens:,} tokens, {accumulation} forward passes per process"
         )
-        if validation:
-            baseline = unigram_entropy(validation, masking.special_ids)
-            metrics.say(f"entropy of the validation texts' unigrams: {baseline:.3f} nats per token")
+        if validation and step == 0:
+            metrics.write(0, **{UNIGRAMS: unigram_entropy(validation, masking.special_ids)})
 
     result = Result(step, math.nan, checkpoint=resume_from)
     since, tokens_since = time.perf_counter(), 0
@@ -253,6 +255,7 @@ def pretrain(config: PretrainConfig) -> Result:
                         gradient_norm=norm,
                         learning_rate=lr,
                         tokens=progress["tokens"],
+                        seconds=time.perf_counter() - began,
                         tokens_per_second=tokens_since / seconds,
                         mfu=flop / tokens * tokens_since / seconds / peak,
                         packing_efficiency=tokens / config.batch_tokens,
@@ -262,9 +265,11 @@ def pretrain(config: PretrainConfig) -> Result:
             if validation and (step % config.validate_every == 0 or step == config.steps):
                 result.validation = evaluate(model, validation, config, accelerator, tokenizer)
                 if metrics:
-                    metrics.write(step, **result.validation)
+                    seconds = time.perf_counter() - began
+                    metrics.write(step, **result.validation, seconds=seconds)
             if step % config.save_every == 0 or step == config.steps or result.stopped_by:
                 progress["lanes"] = gather_states(accelerator, states)
+                progress["seconds"] = time.perf_counter() - began
                 result.checkpoint = save_checkpoint(
                     output, step, accelerator, model, optimizer, tokenizer, progress,
                     config.keep_checkpoints,
@@ -274,7 +279,7 @@ def pretrain(config: PretrainConfig) -> Result:
                 break
 
     if metrics:
-        plot_losses(metrics.records, output / PLOT, baseline)
+        plot_losses(metrics.records, output / PLOT)
         metrics.close()
     accelerator.end_training()
     return result

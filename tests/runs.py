@@ -122,7 +122,7 @@ def wait_for_step(config: PretrainConfig, step: int, running: list) -> None:
 
 def curve(config: PretrainConfig) -> list[tuple]:
     """Everything in metrics.jsonl that does not depend on the clock."""
-    clock = ("tokens_per_second", "mfu")
+    clock = ("tokens_per_second", "mfu", "seconds")
     return [
         tuple((name, value) for name, value in record.items() if name not in clock)
         for record in read_metrics(Path(config.output))
