@@ -118,7 +118,7 @@ def write_results(figures: dict[str, dict]) -> Path:
     """
     path = results_file()
     earlier = json.loads(path.read_text())["results"] if path.exists() else {}
-    stamp = {"commit": _commit(), "date": datetime.date.today().isoformat()}
+    stamp = {"commit": commit(), "date": datetime.date.today().isoformat()}
     results = earlier | {name: figure | stamp for name, figure in figures.items()}
     path.parent.mkdir(exist_ok=True)
     document = {"machine": machine(), "results": dict(sorted(results.items()))}
@@ -139,7 +139,7 @@ def _cpu_model() -> str:
     return f"{name[1]} family {family[1]}" if family else name[1]
 
 
-def _commit() -> str:
+def commit() -> str:
     """The checked-out commit, with a mark if the code in the tree differs from it."""
 
     def git(*arguments: str) -> str:

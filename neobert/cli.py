@@ -1,4 +1,4 @@
-"""The `neobert` command: embed a file of texts, and say what runs on this machine."""
+"""The `neobert` command: embed a file of texts, pre-train, and say what runs on this machine."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import torch
 import typer
 from transformers.utils.logging import disable_progress_bar
 
+from neobert import cli_train
 from neobert.encode import Encoder, TruncationWarning
 from neobert_kernels import __main__ as kernels
 from neobert_kernels import _compiled
@@ -32,6 +33,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+app.command()(cli_train.pretrain)
+app.command()(cli_train.prepare)
 
 
 class Pooling(str, Enum):

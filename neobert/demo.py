@@ -15,6 +15,7 @@ import sysconfig
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ BATCH = 32  # texts in a padded batch: sentence-transformers' default
 WARM_UP_TOKENS = 500
 
 VOCAB_SIZE = 30522
+ALPHABET = 1000  # letters of a tokenizer at most, as BERT's trainer has it
 # The first ids of BERT's vocabulary: [PAD] is 0, [UNK] 100, [CLS] 101, [SEP] 102 and [MASK] 103.
 UNUSED = [f"[unused{index}]" for index in range(99)]
 SPECIAL = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
@@ -78,15 +80,26 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """A WordPiece tokenizer like BERT's, its special tokens at BERT's ids, trained on `texts`.
 
-    Its vocabulary is smaller than `vocab_size` if the texts have too few words for so many.
+    Its vocabulary is smaller than `vocab_size` if the texts have too few words for so many. The
+    same texts give the same tokenizer.
     """
     learner = Tokenizer(WordPiece(unk_token=SPECIAL["unk"]))
     learner.normalizer = BertNormalizer()
     learner.pre_tokenizer = BertPreTokenizer()
-    first = [SPECIAL["pad"], *UNUSED, *list(SPECIAL.values())[1:]]
+    # The trainer would number the inner letters in the random order of a hash table, and break ties
+    # between pairs by those numbers.
+    letters = Counter(BertNormalizer().normalize_str("\n".join(texts)))
+    common = sorted(letters, key=lambda letter: (-letters[letter], letter))[:ALPHABET]
+    inner = [f"##{letter}" for letter in common if not letter.isspace()]
+    first = [SPECIAL["pad"], *UNUSED, *list(SPECIAL.values())[1:], *inner]
     learner.train_from_iterator(
         texts,
-        WordPieceTrainer(vocab_size=vocab_size, special_tokens=first, show_progress=False),
+        WordPieceTrainer(
+            vocab_size=vocab_size,
+            special_tokens=first,
+            limit_alphabet=ALPHABET,
+            show_progress=False,
+        ),
     )
     # The trainer made every one of the first ids a special token; only five are.
     tokenizer = Tokenizer(WordPiece(learner.get_vocab(), unk_token=SPECIAL["unk"]))

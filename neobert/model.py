@@ -232,7 +232,7 @@ class NeoBERTLMHead(NeoBERTPreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        output_logits: bool | None = None,
+        output_logits: bool | str | None = None,
         **kwargs,
     ) -> MaskedLMOutput:
         """Logits, or with labels the loss.
@@ -242,12 +242,14 @@ class NeoBERTLMHead(NeoBERTPreTrainedModel):
             output_logits: whether to compute logits. By default they are made without labels; with
                 labels only the loss is, from labelled rows alone, and the logits of the others
                 never exist: `config.output_logits` changes this, for a Trainer whose
-                compute_metrics needs predictions.
+                compute_metrics needs predictions. "labelled": those of the labelled tokens, without
+                gradient, for metrics beside the loss.
             Others: as for `NeoBERT.forward`.
 
         Returns:
             MaskedLMOutput: loss, float32, the mean over labelled tokens (their sum over
-            `num_items_in_batch` if that is given); logits (batch, length, vocab_size) or None.
+            `num_items_in_batch` if that is given); logits (batch, length, vocab_size), or
+            (labelled tokens, vocab_size), or None.
         """
         output = self.model(
             input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs
@@ -258,9 +260,15 @@ class NeoBERTLMHead(NeoBERTPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self._loss(hidden, labels, kwargs.get("num_items_in_batch"))
+        logits = None
+        if output_logits == "labelled" and labels is not None:
+            with torch.no_grad():
+                logits = self.decoder(hidden[labels != -100])
+        elif output_logits:
+            logits = self.decoder(hidden)
         return MaskedLMOutput(
             loss=loss,
-            logits=self.decoder(hidden) if output_logits else None,
+            logits=logits,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )

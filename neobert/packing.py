@@ -8,6 +8,7 @@ no kernel launch ever waits for the device to learn it.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -50,20 +51,36 @@ class PackedBatch:
         )
 
 
-def pack(sequences: Iterable[Sequence[int]]) -> PackedBatch:
-    """Lists of token ids → one PackedBatch on the CPU. Empty sequences are legal and stay."""
+def pack(sequences: Iterable[Sequence[int] | np.ndarray]) -> PackedBatch:
+    """Lists or (length,) arrays of token ids → one PackedBatch on the CPU. Empty sequences are
+    legal and stay."""
     sequences = list(sequences)
     lengths = np.fromiter(map(len, sequences), np.int64, len(sequences))
     cu_seqlens = np.zeros(len(sequences) + 1, np.int32)
     np.cumsum(lengths, out=cu_seqlens[1:])
     total = int(lengths.sum())
-    input_ids = np.fromiter(chain.from_iterable(sequences), np.int64, total)
+    if sequences and all(isinstance(sequence, np.ndarray) for sequence in sequences):
+        input_ids = np.concatenate(sequences, dtype=np.int64)
+    else:
+        input_ids = np.fromiter(chain.from_iterable(sequences), np.int64, total)
     positions = np.arange(total, dtype=np.int64) - np.repeat(cu_seqlens[:-1], lengths)
     return PackedBatch(
         torch.from_numpy(input_ids),
         torch.from_numpy(positions),
         torch.from_numpy(cu_seqlens),
         int(lengths.max(initial=0)),
+    )
+
+
+def concatenate(batches: Sequence[PackedBatch]) -> PackedBatch:
+    """The sequences of several batches, one batch after the other, as one; on the CPU."""
+    starts = np.cumsum([0, *(batch.num_tokens for batch in batches)])
+    ends = [b.cu_seqlens[1:] + int(start) for b, start in zip(batches, starts[:-1], strict=True)]
+    return PackedBatch(
+        torch.cat([batch.input_ids for batch in batches]),
+        torch.cat([batch.positions for batch in batches]),
+        torch.cat([torch.zeros(1, dtype=torch.int32), *ends]),
+        max(batch.max_seqlen for batch in batches),
     )
 
 
@@ -94,6 +111,30 @@ def token_budget_batches(lengths: Sequence[int], max_tokens: int) -> list[list[i
         batches[-1].append(index)
         room -= lengths[index]
     return batches
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of `lengths` in bins of at most `capacity` tokens: best fit, longest first.
+
+    Each goes where the least room stays, and into a new bin if it fits nowhere: at most 11/9 of the
+    fewest possible bins and four more (Johnson 1973), and with texts, whose short ones fill the
+    gaps, hardly any room is left. Raises ValueError for a length beyond `capacity`.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    if order and lengths[order[0]] > capacity:
+        raise ValueError(f"a sequence of {lengths[order[0]]} tokens in bins of {capacity}")
+    bins: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (tokens of room, number of the bin), ascending
+    for index in order:
+        place = bisect_left(rooms, (lengths[index], -1))
+        if place < len(rooms):
+            room, number = rooms.pop(place)
+        else:
+            room, number = capacity, len(bins)
+            bins.append([])
+        bins[number].append(index)
+        insort(rooms, (room - lengths[index], number))
+    return bins
 
 
 def sequence_of_token(cu_seqlens: Tensor, num_tokens: int) -> Tensor:

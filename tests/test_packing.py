@@ -2,11 +2,14 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
 from neobert.packing import (
     PackedBatch,
+    best_fit,
+    concatenate,
     pack,
     pack_padded,
     padded_layout,
@@ -143,3 +146,37 @@ def test_round_trip_zeroes_padding_and_is_differentiable():
     there_and_back = unpack_padded(pack_padded(x, layout), layout)
     assert torch.equal(there_and_back, x * MASK.unsqueeze(-1))
     assert torch.autograd.gradcheck(lambda x: unpack_padded(pack_padded(x, layout), layout), x)
+
+
+def test_pack_takes_arrays():
+    arrays = pack([np.array([7, 8, 9], np.uint16), np.array([], np.int32), np.array([4, 5])])
+    lists = pack([[7, 8, 9], [], [4, 5]])
+    assert torch.equal(arrays.input_ids, lists.input_ids)
+    assert arrays.input_ids.dtype == torch.int64
+    assert torch.equal(arrays.cu_seqlens, lists.cu_seqlens)
+
+
+def test_concatenate():
+    sequences = [[[7, 8, 9], [], [4, 5]], [[1]], [], [[2, 3], [6]]]
+    whole, parts = (
+        pack([s for each in sequences for s in each]),
+        concatenate([pack(each) for each in sequences]),
+    )
+    for name in ("input_ids", "positions", "cu_seqlens", "max_seqlen"):
+        a, b = getattr(whole, name), getattr(parts, name)
+        assert torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, torch.Tensor) else a == b
+
+
+def test_best_fit_places_every_sequence_once_and_overfills_nothing():
+    lengths = np.random.default_rng(0).integers(0, 101, 500).tolist()
+    bins = best_fit(lengths, 100)
+    assert sorted(i for each in bins for i in each) == list(range(500))
+    assert max(sum(lengths[i] for i in each) for each in bins) <= 100
+    assert len(bins) <= 11 / 9 * -(-sum(lengths) // 100) + 4
+
+
+def test_best_fit_takes_the_tightest_place():
+    assert best_fit([60, 50, 40, 50], 100) == [[0, 2], [1, 3]]
+    assert best_fit([], 100) == []
+    with pytest.raises(ValueError, match="a sequence of 101 tokens in bins of 100"):
+        best_fit([1, 101], 100)

@@ -1,0 +1,139 @@
+"""The training commands: `neobert pretrain` and `neobert prepare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def _fail(error: Exception) -> typer.Exit:
+    typer.echo(f"Error: {error}", err=True)
+    return typer.Exit(1)
+
+
+def _need_extra(error: ImportError) -> typer.Exit:
+    return _fail(
+        ImportError(f"training needs packages that are not installed ({error}): "
+                    'pip install "neobert-kernels[train]"')
+    )  # fmt: skip
+
+
+def pretrain(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="key=value: steps=500, model.hidden_size=512, data.0.weight=2. The last word.",
+            metavar="[KEY=VALUE]...",
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="neobert-1024 and neobert-4096, the paper's two stages, or tiny."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(dir_okay=False, exists=True, help="A YAML file of settings.")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="In place of the preset's data: a file or pattern (.txt, .jsonl, .parquet), a "
+            "prepared directory, a hub data set, or docstrings. May be repeated."
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            help="Directory for checkpoints and metrics; a run there is continued.",
+            show_default="runs/PRESET",
+        ),
+    ] = None,
+    show: Annotated[
+        bool, typer.Option("--show", help="Print the settings as YAML, and do nothing.")
+    ] = False,
+) -> None:
+    """Pre-train a masked-language model on packed sequences.
+
+    Settings are the preset's, changed by --config, by the other options, and by KEY=VALUE. On
+    several GPUs start it with `torchrun -m neobert pretrain …` or `accelerate launch -m neobert
+    pretrain …`. SIGTERM saves a checkpoint and stops; the same command goes on from there.
+    """
+    try:
+        from omegaconf import OmegaConf
+        from transformers.utils.logging import disable_progress_bar
+
+        from neobert.pretrain import pretrain as run
+        from neobert.recipes import load_config
+        from neobert.saving import SaveError
+    except ImportError as error:
+        raise _need_extra(error) from error
+    given = [f"data={[{'path': path} for path in data]}"] if data else []
+    given += [f"output={output}"] if output else []
+    try:
+        settings = load_config(preset, config, [*given, *(overrides or [])])
+        if show:
+            typer.echo(OmegaConf.to_yaml(OmegaConf.structured(settings)), nl=False)
+            return
+        disable_progress_bar()  # transformers', for writing and loading weights
+        result = run(settings)
+    except (ValueError, FileNotFoundError, SaveError, RuntimeError) as error:
+        raise _fail(error) from error
+    typer.echo(f"step {result.step}: loss {result.loss:.4f}, checkpoint {result.checkpoint}")
+    if result.stopped_by:
+        raise typer.Exit(128 + result.stopped_by)
+
+
+def prepare(
+    data: Annotated[
+        str,
+        typer.Option(
+            help="A file or pattern (.txt, .jsonl, .parquet), a hub data set, docstrings."
+        ),
+    ],
+    tokenizer: Annotated[str, typer.Option(help="Directory or hub repository of the tokenizer.")],
+    output: Annotated[Path, typer.Option(file_okay=False, help="Directory to write shards to.")],
+    field: Annotated[str, typer.Option(help="The column that holds the text.")] = "text",
+    split: Annotated[str, typer.Option(help="Of a hub data set.")] = "train",
+    subset: Annotated[str | None, typer.Option(help="Of a hub data set.")] = None,
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="Do not download the data set first.")
+    ] = False,
+    shard_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens in a shard, about; it is finished or lost as one.")
+    ] = 100_000_000,
+    check: Annotated[
+        bool, typer.Option("--check", help="Then read all shards and compare their checksums.")
+    ] = False,
+) -> None:
+    """Tokenize texts once, into memory-mapped shards that `neobert pretrain --data` takes.
+
+    An interrupted run goes on where it stopped when it is started again.
+    """
+    try:
+        from datasets import Dataset
+        from transformers import AutoTokenizer
+
+        from neobert.corpus import Source, open_texts, text_batches
+        from neobert.shards import prepare as run
+    except ImportError as error:
+        raise _need_extra(error) from error
+    source = Source(data, field, streaming=streaming, split=split, subset=subset)
+    try:
+        texts = open_texts(source)
+        shards = run(
+            output,
+            lambda position: text_batches(texts, field, position),
+            AutoTokenizer.from_pretrained(tokenizer),
+            {name: value for name, value in vars(source).items() if value is not None},
+            len(texts) if isinstance(texts, Dataset) else None,
+            shard_tokens,
+        )
+        if check:
+            shards.check()
+    except (ValueError, OSError) as error:
+        raise _fail(error) from error
+    typer.echo(
+        f"{output}: {len(shards):,} documents, {shards.num_tokens:,} tokens of "
+        f"{shards.dtype.name} in {len(shards.shards)} shards"
+    )

@@ -1,0 +1,140 @@
+"""What a run says about itself: console, metrics.jsonl, TensorBoard, and a plot of the loss."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from neobert.config import NeoBERTConfig
+from neobert.data import MaskedBatch
+from neobert.masking import IGNORE_INDEX
+
+METRICS, PLOT = "metrics.jsonl", "loss.png"
+UNIGRAMS = "validation_unigram_entropy"
+
+
+def forward_flop(config: NeoBERTConfig, tokens: int, squares: int, masked: int) -> int:
+    """Floating-point operations of the model's matrix products and attention, forward.
+
+    squares: the sum of the squared sequence lengths. masked: tokens that have logits.
+    """
+    dim, width = config.hidden_size, config.swiglu_width
+    layer = 2 * tokens * (4 * dim * dim + 3 * dim * width) + 4 * dim * squares
+    return config.num_hidden_layers * layer + 2 * dim * config.vocab_size * masked
+
+
+def training_flop(config: NeoBERTConfig, batches: list[MaskedBatch]) -> int:
+    """Of forward and backward; what gradient checkpointing computes again does not count."""
+    lengths = torch.cat([batch.packed.cu_seqlens.diff() for batch in batches]).long()
+    masked = sum(batch.num_masked for batch in batches)
+    return 3 * forward_flop(config, int(lengths.sum()), int(lengths.square().sum()), masked)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square product here and now: what MFU is a share of."""
+    size, calls = (8192, 20) if device.type == "cuda" else (1024, 5)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    wait: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    best = float("inf")
+    for _ in range(3):
+        wait()
+        start = time.perf_counter()
+        for _ in range(calls):
+            a @ a
+        wait()
+        best = min(best, (time.perf_counter() - start) / calls)
+    return 2 * size**3 / best
+
+
+def unigram_entropy(batches: list[MaskedBatch], special_ids: tuple[int, ...]) -> float:
+    """Entropy, nats per token, of the frequencies of the texts' own tokens: no model that ignores
+    the context has a lower loss on them."""
+    ids = [torch.where(b.labels == IGNORE_INDEX, b.packed.input_ids, b.labels) for b in batches]
+    counts = np.bincount(torch.cat(ids).numpy()).astype(float)
+    counts[[i for i in special_ids if i < len(counts)]] = 0
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+class Metrics:
+    """Writes what a run measures, in the main process.
+
+    step: the step the run goes on from: what an interrupted run had written beyond it is dropped.
+        At 0 that is everything.
+    """
+
+    def __init__(self, output: Path, step: int, steps: int, tensorboard: bool):
+        self.path = output / METRICS
+        self.records = [r for r in read_metrics(output) if r["step"] <= step and step > 0]
+        unfinished = self.path.with_name(f".{METRICS}.unfinished")
+        unfinished.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+        os.replace(unfinished, self.path)
+        self.file = open(self.path, "a")
+        self.board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
+        self.progress = tqdm(total=steps, initial=step, desc="pretrain", unit="step", disable=None)
+
+    def write(self, step: int, **values: float) -> None:
+        record = {"step": step, **values}
+        self.records.append(record)
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            if self.board is not None:
+                self.board.add_scalar(name, value, step)
+        said = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
+        self.say(f"step {step}  {said}")
+
+    def say(self, line: str) -> None:
+        self.progress.write(line)
+
+    def advance(self, loss: float) -> None:
+        self.progress.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+        self.progress.update()
+
+    def close(self) -> None:
+        self.progress.close()
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def read_metrics(output: Path) -> list[dict]:
+    """The records of a run; the last line may be half, if the run was killed."""
+    path = output / METRICS
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def plot_losses(records: list[dict], path: Path) -> None:
+    """Training and validation loss over steps, and the validation texts' unigram entropy."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, label in (("loss", "training"), ("validation_loss", "validation")):
+        points = [(r["step"], r[name]) for r in records if name in r]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, linewidth=1)
+    for record in records:
+        if UNIGRAMS in record:
+            axes.axhline(record[UNIGRAMS], color="grey", linestyle="--", label="unigram entropy")
+    axes.set(xlabel="step", ylabel="masked-LM loss (nats per masked token)")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

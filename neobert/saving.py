@@ -1,0 +1,172 @@
+"""Training checkpoints: a directory each, whole or not there.
+
+    output/checkpoints/step-00001000/
+        config.json, model.safetensors, tokenizer…   what `from_pretrained` loads
+        optimizer.pt                                 AdamW's moments by parameter; random states
+        progress.json                                the step, and where each lane's data goes on
+
+A checkpoint is written aside, flushed to the disk and renamed: a kill at any moment leaves the one
+before. The optimizer's state is one whole (2 GB for NeoBERT), whatever shards it had: a run
+may go on with another number of processes, and from DDP to FSDP.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from transformers import PreTrainedTokenizerBase
+
+from neobert.config import NeoBERTConfig
+
+FOLDER = "checkpoints"
+OPTIMIZER, PROGRESS, DEEPSPEED = "optimizer.pt", "progress.json", "deepspeed"
+
+
+class SaveError(OSError):
+    """A checkpoint could not be written; the message says which one is the last good one."""
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    return sorted((output / FOLDER).glob("step-*"))
+
+
+def save_checkpoint(
+    output: Path,
+    step: int,
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: PreTrainedTokenizerBase,
+    progress: dict,
+    keep: int,
+) -> Path:
+    """Write step-`step` and remove all but the `keep` newest; every process calls it.
+
+    model: as `accelerator.prepare` returned it. progress: anything JSON holds.
+    Raises SaveError, in every process, if writing fails, as on a full disk.
+    """
+    final = output / FOLDER / f"step-{step:08}"
+    aside = final.with_name(f".{final.name}.unfinished")
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    random_states = _gather_random_states(accelerator)
+    if deepspeed:
+        weights = accelerator.get_state_dict(model)
+    else:
+        weights = get_model_state_dict(model, options=options)
+        moments = get_optimizer_state_dict(model, optimizer, options=options)
+    failure: Exception | None = None
+    if accelerator.is_main_process and not final.exists():
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            accelerator.unwrap_model(model).save_pretrained(aside, state_dict=weights)
+            tokenizer.save_pretrained(aside)
+            if not deepspeed:
+                torch.save({"optimizer": moments, "random": random_states}, aside / OPTIMIZER)
+            (aside / PROGRESS).write_text(json.dumps({**progress, "step": step}))
+            _flush(aside)
+        except Exception as error:  # whatever safetensors, torch or the system raise on a full disk
+            failure = error
+    if deepspeed:  # each process writes its own part
+        accelerator.wait_for_everyone()
+        engine: Any = model
+        engine.save_checkpoint(str(aside), tag=DEEPSPEED)
+    if accelerator.is_main_process and failure is None and not final.exists():
+        os.rename(aside, final)
+        _flush(final.parent)
+        for old in checkpoints(output)[:-keep]:
+            gone = old.with_name(f".{old.name}.removed")
+            os.rename(old, gone)  # so that no half-removed one looks whole
+            shutil.rmtree(gone)
+    failed = torch.tensor(int(failure is not None), device=accelerator.device)
+    if accelerator.reduce(failed, "sum").item():
+        shutil.rmtree(aside, ignore_errors=True)
+        whole = checkpoints(output)
+        raise SaveError(
+            f"{final} could not be written ({failure or 'see the first process'}); "
+            + (f"the last good checkpoint is {whole[-1]}" if whole else "there is none yet")
+        ) from failure
+    return final
+
+
+def load_optimizer(
+    folder: Path, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Restore what `save_checkpoint` wrote beside the weights and the progress.
+
+    Random states only if there are as many processes as then. Nothing is unpickled but tensors,
+    numbers and strings.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        engine: Any = model
+        engine.load_checkpoint(str(folder), tag=DEEPSPEED)
+        return
+    saved = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+    set_optimizer_state_dict(
+        model,
+        optimizer,
+        saved["optimizer"],
+        options=StateDictOptions(full_state_dict=True, cpu_offload=True),
+    )
+    if len(saved["random"]) == accelerator.num_processes:
+        cpu, cuda = saved["random"][accelerator.process_index]
+        torch.set_rng_state(cpu)
+        if cuda is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(cuda, accelerator.device)
+
+
+def load_progress(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / PROGRESS).read_text())
+
+
+def check_shape(folder: str | Path, expected: NeoBERTConfig) -> None:
+    """Raises ValueError, naming each difference, if a checkpoint is of another architecture."""
+    found = NeoBERTConfig.from_pretrained(folder)
+    if getattr(found, "model_type", None) != expected.model_type:
+        raise ValueError(f"{folder} holds a {found.model_type} model, not {expected.model_type}")
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+             "intermediate_size", "norm_eps")  # fmt: skip
+    different = [
+        f"{name} is {getattr(found, name)} there and {getattr(expected, name)} here"
+        for name in names
+        if getattr(found, name) != getattr(expected, name)
+    ]
+    if different:
+        raise ValueError(f"{folder} is of another architecture: {'; '.join(different)}")
+
+
+def _gather_random_states(accelerator: Accelerator) -> list:
+    cuda = (
+        torch.cuda.get_rng_state(accelerator.device) if accelerator.device.type == "cuda" else None
+    )
+    mine = (torch.get_rng_state(), cuda)
+    if accelerator.num_processes == 1:
+        return [mine]
+    everyone: list = [None] * accelerator.num_processes
+    torch.distributed.all_gather_object(everyone, mine)
+    return everyone
+
+
+def _flush(folder: Path) -> None:
+    """Wait until the files of `folder`, and their names, are on the disk."""
+    for path in [*(each for each in folder.iterdir() if each.is_file()), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
