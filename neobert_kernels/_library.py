@@ -12,6 +12,8 @@ import torch
 lib = torch.library.Library("neobert", "DEF")
 ops = torch.ops.neobert
 OPS: list[str] = []
+# Private, and a sixth of the cost of asking the public is_autocast_enabled for a tensor's device.
+is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
 _PYTHON_KERNELS: set[tuple[str, str]] = set()
 
 

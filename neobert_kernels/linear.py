@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._checks import at_least_float32, check_dtype, check_same_device, check_same_dtype
-from ._library import define, ops
+from ._library import define, is_any_autocast_enabled, ops
 from .swiglu import reference as swiglu_reference
 from .swiglu import swiglu
 
@@ -48,6 +48,12 @@ def linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
                 f"linear: residual must have shape {(x.shape[0], weight.shape[0])} to match"
                 f" x {tuple(x.shape)} and weight {tuple(weight.shape)}, got {tuple(residual.shape)}"
             )
+    return unchecked_linear(x, weight, residual)
+
+
+def unchecked_linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+    if is_any_autocast_enabled():
+        x, weight = _autocast(x, weight)
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (residual is not None and residual.requires_grad)
     ):
@@ -78,6 +84,12 @@ def linear_swiglu(x: Tensor, weight: Tensor) -> Tensor:
             f"linear_swiglu: weight must have shape (2 * width, {x.shape[1]}),"
             f" got {tuple(weight.shape)}"
         )
+    return unchecked_linear_swiglu(x, weight)
+
+
+def unchecked_linear_swiglu(x: Tensor, weight: Tensor) -> Tensor:
+    if is_any_autocast_enabled():
+        x, weight = _autocast(x, weight)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return swiglu(_Linear.apply(x, weight, None))
     if _served_by_pytorch(x):
@@ -93,7 +105,7 @@ def _autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _served_by_pytorch(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in PYTORCH_GEMM_DTYPES
+    return x.dtype in PYTORCH_GEMM_DTYPES and x.is_cpu
 
 
 def _forward(x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
