@@ -1,5 +1,7 @@
 """The encoder's layers, on packed tensors: (tokens, dim) in, (tokens, dim) out."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -62,7 +64,7 @@ def bare_weight(module: nn.Module, cls: type[nn.Module] = Linear) -> Tensor | No
     return module._parameters.get("weight") if is_bare(module, cls) else None
 
 
-def norm(module: nn.Module, x: Tensor) -> Tensor:
+def norm(module: Any, x: Tensor) -> Tensor:
     """module(x), for a norm."""
     weight = bare_weight(module, RMSNorm)
     return module(x) if weight is None else rms_norm(x, weight, module.eps)
@@ -89,10 +91,10 @@ class SwiGLU(nn.Module):
         self.w3 = Linear(config.swiglu_width, config.hidden_size)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        w12, w3 = self._modules["w12"], self._modules["w3"]
-        weight = bare_weight(w12)
-        gated = swiglu(w12(x)) if weight is None else linear_swiglu(x, weight)
-        return project(w3, gated, residual)
+        modules: Any = self._modules
+        weight = bare_weight(modules["w12"])
+        gated = swiglu(modules["w12"](x)) if weight is None else linear_swiglu(x, weight)
+        return project(modules["w3"], gated, residual)
 
 
 def rotary_frequencies(config: NeoBERTConfig) -> tuple[Tensor, float]:
@@ -173,7 +175,7 @@ class NeoBERTBlock(GradientCheckpointingLayer):
         cu_seqlens: Tensor,
         max_seqlen: int,
     ) -> Tensor:
-        modules = self._modules
+        modules: Any = self._modules
         qkv = self.rotated_qkv(hidden, cos, sin, positions)
         attended = varlen_attention_qkv(qkv, cu_seqlens, max_seqlen, self.scale)
         hidden = project(modules["wo"], attended.flatten(1), hidden)
@@ -181,7 +183,7 @@ class NeoBERTBlock(GradientCheckpointingLayer):
 
     def rotated_qkv(self, hidden: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
         """(tokens, heads, 3, head_dim): the projection packs [q, k, v] per head."""
-        modules = self._modules
+        modules: Any = self._modules
         qkv = project(modules["qkv"], norm(modules["attention_norm"], hidden))
         qkv = qkv.view(-1, self.heads, 3, self.head_dim)
         return apply_rotary_qkv_(qkv, cos, sin, positions)
