@@ -29,6 +29,7 @@ LAYERS, HEADS, HEAD_DIM = 28, 2, 64
 ROUNDS = 300
 # Host cost of the encoder over that of its ops called in a row.
 BUDGET = {"fakes": 1.5, "compiled": 1.6}
+LAUNCHED = ("ours", "triton") if _compiled.CUDA_LOADED else ("ours",)
 
 # What inference drops (rstd, lse) is not made: the less a fake costs, the better.
 FAKES = {
@@ -135,7 +136,8 @@ def test_host_cost(benchmark, model, way):
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="no CUDA GPU")
-def test_launching(benchmark, model):
+@pytest.mark.parametrize("implementation", LAUNCHED)
+def test_launching(benchmark, model, implementation):
     """Host time until everything is launched; what the GPU then does is waited for outside."""
     model, batch = model.to("cuda", torch.bfloat16), pack([[5]]).to("cuda")
     call = encoder_call(model, batch)

@@ -31,7 +31,7 @@ from neobert.plain import PlainNeoBERT
 
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 # Of the calls of one test, all methods together.
-CALLS, MOST_SECONDS = (300, 60) if DEVICE == "cuda" else (30, 8)
+CALLS, MOST_SECONDS = (300, 10) if DEVICE == "cuda" else (30, 8)
 
 
 def cases(most_tokens: int) -> pytest.MarkDecorator:
