@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from neobert.graphs import CudaCapturer, PackedGraphs
+from neobert.groups import check_text, check_unicode, in_groups
 from neobert.model import NeoBERT
 from neobert.packing import PackedBatch, pack, token_budget_batches
 from neobert.text import TextTokenizer
@@ -40,12 +41,6 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # GPU, chosen from the model's arithmetic and not measured: enough to hide the kernel launches of 28
 # layers, at under 1 GiB of activations in bfloat16.
 MAX_TOKENS = {"cpu": 4096, "cuda": 32768}
-
-# A group starts small, so that computing starts early, and doubles to a size at which the partly
-# filled last batch no longer counts. In batches of max_tokens, at 4 characters a token.
-FIRST_GROUP, LARGEST_GROUP = 4, 64
-CHARACTERS_PER_TOKEN = 4
-MOST_CHARACTERS = 1 << 26  # in a group, whatever their number of tokens: bounds the memory
 
 
 class TruncationWarning(UserWarning):
@@ -211,7 +206,7 @@ class Encoder:
         """
         items = [texts] if isinstance(texts, str) else list(_iterable(texts))
         for index, text in enumerate(items):
-            _check_text(text, index)
+            check_text(text, index)
         device = self.device if convert_to_tensor else "cpu"
         embeddings = torch.empty(len(items), self.dim, dtype=torch.float32, device=device)
         stream = self.encode_stream(
@@ -268,7 +263,7 @@ class Encoder:
         started = time.perf_counter()
         stats = self.stats = EncodeStats()
         thread = ThreadPoolExecutor(1, thread_name_prefix="neobert-tokenize")
-        groups = _groups(texts, options)
+        groups = in_groups(texts, options.max_tokens, options.max_length, len(options.prompt))
 
         def tokenize_next() -> Future[_Group] | None:
             group = next(groups, None)
@@ -318,7 +313,7 @@ class Encoder:
             )
         except (TypeError, UnicodeEncodeError) as error:
             for index, text in enumerate(texts, first):
-                _check_unicode(text, index, error)
+                check_unicode(text, index, error)
             raise
         batches = token_budget_batches([len(ids) for ids in sequences], options.max_tokens)
         return _Group(
@@ -386,39 +381,3 @@ def _iterable(texts: Iterable[str]) -> Iterable[str]:
     if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Iterable):
         raise TypeError(f"texts must be a list or another iterable of str, got {type(texts)}")
     return texts
-
-
-def _check_text(text: object, index: int) -> None:
-    if not isinstance(text, str):
-        raise TypeError(f"texts[{index}] must be a str, got {type(text).__name__}: {text!r:.80}")
-
-
-def _check_unicode(text: str, index: int, cause: Exception) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"texts[{index}] is not valid Unicode: {error}") from cause
-
-
-def _groups(texts: Iterable[str], options: _Options) -> Iterator[tuple[list[str], int]]:
-    """Texts in groups that grow from FIRST_GROUP to LARGEST_GROUP batches, and where each starts.
-
-    Counted in characters, for tokens are not known yet; characters beyond max_length tokens do
-    not count, nor can a text count as fewer than its special tokens.
-    """
-    batch = options.max_tokens * CHARACTERS_PER_TOKEN
-    most = options.max_length * CHARACTERS_PER_TOKEN
-    size = FIRST_GROUP * batch
-    group: list[str] = []
-    start = characters = held = 0
-    for index, text in enumerate(texts):
-        _check_text(text, index)
-        group.append(text)
-        characters += min(len(options.prompt) + len(text) + 2 * CHARACTERS_PER_TOKEN, most)
-        held += len(text)
-        if characters >= size or held >= MOST_CHARACTERS:
-            yield group, start
-            group, start, characters, held = [], index + 1, 0, 0
-            size = min(2 * size, LARGEST_GROUP * batch)
-    if group:
-        yield group, start

@@ -52,6 +52,7 @@ def linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
 
 
 def unchecked_linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+    """As `linear`, for tensors that the caller has checked (`unchecked.py`)."""
     if is_any_autocast_enabled():
         x, weight = _autocast(x, weight)
     if torch.is_grad_enabled() and (
@@ -88,6 +89,7 @@ def linear_swiglu(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def unchecked_linear_swiglu(x: Tensor, weight: Tensor) -> Tensor:
+    """As `linear_swiglu`, for tensors that the caller has checked (`unchecked.py`)."""
     if is_any_autocast_enabled():
         x, weight = _autocast(x, weight)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
