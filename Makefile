@@ -17,7 +17,7 @@ help:
 	@echo "make demo    embed real text with a full-size NeoBERT and compare with plain PyTorch"
 	@echo "make test    all tests"
 	@echo "make bench   all benchmarks, into benchmarks/results/"
-	@echo "make gpu     on a machine with a CUDA GPU: its tests, then the ops' benchmarks"
+	@echo "make gpu     on a machine with a CUDA GPU: its tests, then the benchmarks of ops and latency"
 	@echo "make budgets refresh the registers and shared memory that each Triton kernel may use"
 	@echo "make lint    ruff (check and format) and mypy"
 
@@ -47,6 +47,8 @@ gpu: setup
 	$(BIN)/python -m neobert_kernels
 	$(BIN)/python -m pytest tests/gpu
 	$(BIN)/python -m pytest $(OP_BENCHMARKS) --benchmark-only
+	$(BIN)/python -m pytest benchmarks/bench_host_cost.py benchmarks/bench_latency.py \
+		-k "not test_compiled" --benchmark-only
 	$(BIN)/python benchmarks/report.py
 
 budgets: setup

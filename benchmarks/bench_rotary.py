@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compare import DTYPES, HEAD_DIM, HEADS, IMPLEMENTATIONS, backward, choose
+from compare import DTYPES, HEAD_DIM, HEADS, ROW_OP, backward, choose
 
 from neobert_kernels import apply_rotary, apply_rotary_qkv_
 
@@ -27,7 +27,7 @@ def plain_qkv(qkv, cos, sin, positions):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ROW_OP)
 def test_rotary(measure, implementation, dtype, tokens):
     x = torch.randn(tokens, HEADS, HEAD_DIM).to(dtype)
     table, fn = tables(tokens), choose(implementation, apply_rotary, plain)
@@ -36,7 +36,7 @@ def test_rotary(measure, implementation, dtype, tokens):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ROW_OP)
 def test_rotary_qkv(measure, implementation, dtype, tokens):
     qkv = torch.randn(tokens, HEADS, 3, HEAD_DIM).to(dtype)
     table, fn = tables(tokens), choose(implementation, apply_rotary_qkv_, plain_qkv)
@@ -45,7 +45,7 @@ def test_rotary_qkv(measure, implementation, dtype, tokens):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ROW_OP)
 def test_rotary_backward(measure, implementation, dtype, tokens):
     x, table = torch.randn(tokens, HEADS, HEAD_DIM).to(dtype), tables(tokens)
     fn = choose(implementation, apply_rotary, plain)

@@ -1,33 +1,48 @@
-"""The ways to run an op that every op's benchmark compares: ours, plain PyTorch, compiled, and
-Liger's kernel on a GPU where it is installed."""
+"""The ways to run an op that every op's benchmark compares: ours, plain PyTorch, compiled, and on a
+GPU Liger's kernel where it is installed, and our Triton kernel where a CUDA C++ one serves."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from neobert_kernels import _compiled
+from neobert_kernels._library import python_kernels_serve
+
 IMPLEMENTATIONS = ("ours", "plain", "compiled")
 DTYPES = (torch.float32, torch.bfloat16)
 DIM, HEADS, HEAD_DIM, WIDTH = 768, 12, 64, 2048
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TOKENS = (1024, 8192, 32768, 131072) if DEVICE == "cuda" else (8192,)
+TOKENS = (64, 1024, 8192, 32768, 131072) if DEVICE == "cuda" else (8192,)
 HAS_LIGER = DEVICE == "cuda" and find_spec("liger_kernel") is not None
-# Of the ops that Liger has.
-WITH_LIGER = (*IMPLEMENTATIONS, "liger") if HAS_LIGER else IMPLEMENTATIONS
+# Of the ops that have a CUDA C++ kernel, and of those of them that Liger has.
+ROW_OP = (*IMPLEMENTATIONS, "triton") if _compiled.CUDA_LOADED else IMPLEMENTATIONS
+WITH_LIGER = (*ROW_OP, "liger") if HAS_LIGER else ROW_OP
 
 
 def choose(
     name: str, ours: Callable, plain: Callable, liger: Callable[[], Callable] | None = None
 ) -> Callable:
-    """The implementation called `name`: our op, plain PyTorch, plain PyTorch compiled, or what
-    `liger` imports."""
+    """The implementation called `name`: our op (also for "triton", see `serving`), plain PyTorch,
+    plain PyTorch compiled, or what `liger` imports."""
     if name == "liger" and liger is not None:
         return liger()
     if name == "compiled":
         torch._dynamo.reset()
         return torch.compile(plain)
-    return ours if name == "ours" else plain
+    return plain if name == "plain" else ours
+
+
+@contextmanager
+def serving(name: str | None) -> Iterator[None]:
+    """Within, the Triton kernels serve if `name` is "triton"; else what the dispatcher chooses."""
+    if name != "triton":
+        yield
+        return
+    with python_kernels_serve("CUDA"):
+        yield
 
 
 def backward(fn: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], object]:

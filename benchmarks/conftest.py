@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from compare import DEVICE, TOKENS
+from compare import DEVICE, TOKENS, serving
 from timing import (
     copy_bytes_per_second,
     cuda_seconds,
@@ -39,6 +39,14 @@ def _seed_and_device(request):
 def pytest_generate_tests(metafunc):
     if "tokens" in metafunc.fixturenames and len(TOKENS) > 1:
         metafunc.parametrize("tokens", TOKENS)
+
+
+@pytest.fixture(autouse=True)
+def _kernels(request):
+    """What the test's `implementation` asks for."""
+    parameters = getattr(request.node, "callspec", None)
+    with serving(parameters and parameters.params.get("implementation")):
+        yield
 
 
 @pytest.fixture

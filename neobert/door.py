@@ -6,6 +6,7 @@ from torch import Tensor
 
 from neobert.packing import PaddedLayout, pack_padded, padded_layout, restarting_positions
 from neobert_kernels import pool
+from neobert_kernels._checks import check_cu_seqlens
 
 
 def packed_boundaries(
@@ -50,7 +51,7 @@ def input_layout(
         _refuse_undeclared_packing(shape, attention_mask, position_ids)
         layout = padded_layout(shape, attention_mask, inputs.device)
     else:
-        _check_packed(shape, attention_mask)
+        _check_packed(inputs, attention_mask, packed[0])
         layout = PaddedLayout(shape, None, *packed)
     columns_count = packed is None and position_ids is None
     longest = shape[1] if columns_count else layout.max_seqlen
@@ -63,6 +64,12 @@ def input_layout(
         return layout, restarting_positions(layout.cu_seqlens, shape[1])
     if position_ids is None:
         position_ids = torch.arange(shape[1], device=inputs.device)
+    elif position_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"position_ids must be int64 or int32, got {position_ids.dtype}")
+    elif position_ids.device != inputs.device:
+        raise ValueError(
+            f"position_ids are on {position_ids.device} but the input is on {inputs.device}"
+        )
     return layout, pack_padded(position_ids.expand(shape), layout)
 
 
@@ -93,11 +100,16 @@ def one_row_per_sequence(logits: Tensor, attention_mask: Tensor | None, kwargs: 
     return logits.masked_fill(~keep.unsqueeze(-1), torch.finfo(logits.dtype).min)
 
 
-def _check_packed(shape: tuple[int, int], attention_mask: Tensor | None) -> None:
-    if shape[0] != 1:
+def _check_packed(inputs: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor) -> None:
+    if inputs.shape[0] != 1:
         raise ValueError(
             "packed input (cu_seqlens given) must be one row, input_ids (1, tokens), got "
-            f"{shape[0]} rows of {shape[1]}"
+            f"{inputs.shape[0]} rows of {inputs.shape[1]}"
+        )
+    check_cu_seqlens("NeoBERT", cu_seqlens)
+    if cu_seqlens.device != inputs.device:
+        raise ValueError(
+            f"cu_seqlens are on {cu_seqlens.device} but the input is on {inputs.device}"
         )
     # Collators that call tokenizer.pad leave a mask of ones beside the boundaries. Looking at it
     # makes the host wait for a GPU: leave the mask out.

@@ -24,6 +24,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from neobert.graphs import CudaCapturer, PackedGraphs
+from neobert.groups import check_text, check_unicode, in_groups
 from neobert.model import NeoBERT
 from neobert.packing import PackedBatch, pack, token_budget_batches
 from neobert.text import TextTokenizer
@@ -40,12 +42,6 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # layers, at under 1 GiB of activations in bfloat16.
 MAX_TOKENS = {"cpu": 4096, "cuda": 32768}
 
-# A group starts small, so that computing starts early, and doubles to a size at which the partly
-# filled last batch no longer counts. In batches of max_tokens, at 4 characters a token.
-FIRST_GROUP, LARGEST_GROUP = 4, 64
-CHARACTERS_PER_TOKEN = 4
-MOST_CHARACTERS = 1 << 26  # in a group, whatever their number of tokens: bounds the memory
-
 
 class TruncationWarning(UserWarning):
     """Texts were longer than max_length tokens, and their ends were not read."""
@@ -58,12 +54,15 @@ class EncodeStats:
     texts, tokens: the number encoded; `tokens` counts special tokens, and there is no padding.
     truncated: how many texts were longer than max_length tokens.
     seconds: wall time since the call, tokenizing included.
+    batches, graphed: how many batches were computed, and how many of them as a replayed CUDA graph.
     """
 
     texts: int = 0
     tokens: int = 0
     truncated: int = 0
     seconds: float = 0.0
+    batches: int = 0
+    graphed: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -95,12 +94,19 @@ class Encoder:
     tokenizer: its fast tokenizer.
     max_length: the most tokens of a text, special tokens included; what is beyond is cut off.
         By default the length the model was trained for, `model.config.max_length`.
+    cuda_graphs: compute small batches, queries above all, as one replayed CUDA graph each
+        (`neobert.graphs`). The first batch of a size waits for its capture. Batches beyond the
+        largest graph are computed as ever; `stats.graphed` and the log say so.
     Raises ValueError if `max_length` is beyond the model's, or if the tokenizer has ids that the
-    model has no embedding for.
+    model has no embedding for, or if `cuda_graphs` are asked of a model that is not on a GPU.
     """
 
     def __init__(
-        self, model: NeoBERT, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+        self,
+        model: NeoBERT,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None = None,
+        cuda_graphs: bool = False,
     ):
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -111,6 +117,15 @@ class Encoder:
                 f"{model.config.vocab_size}"
             )
         self.max_length = self._checked_max_length(max_length, model.config.max_length)
+        self._graphs: PackedGraphs | None = None
+        if cuda_graphs:
+            self._graphs = PackedGraphs(
+                self._embed,
+                model,
+                model.config.max_length,
+                model.config.pad_token_id or 0,
+                CudaCapturer(model.device),
+            )
         self.stats = EncodeStats()
 
     @classmethod
@@ -120,6 +135,7 @@ class Encoder:
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
         max_length: int | None = None,
+        cuda_graphs: bool = False,
         **hub_options: Any,
     ) -> Encoder:
         """Load a checkpoint directory or a hub repository, `chandar-lab/NeoBERT` for one.
@@ -127,7 +143,7 @@ class Encoder:
         device: by default the GPU if there is one, else the CPU.
         dtype: "float32", "bfloat16", "float16" or the torch.dtype of the weights and activations;
             by default bfloat16 on a GPU and float32 on a CPU. Embeddings are float32 always.
-        max_length: see `Encoder`.
+        max_length, cuda_graphs: see `Encoder`.
         hub_options: passed on to transformers (revision, token, cache_dir, local_files_only, …).
         """
         if not Path(path_or_hub_id).is_dir() and not HUB_ID.fullmatch(str(path_or_hub_id)):
@@ -148,7 +164,7 @@ class Encoder:
             dtype = DTYPES[dtype]
         tokenizer = AutoTokenizer.from_pretrained(path_or_hub_id, **hub_options)
         model = NeoBERT.from_pretrained(path_or_hub_id, dtype=dtype, **hub_options)
-        return cls(model.to(device), tokenizer, max_length)
+        return cls(model.to(device), tokenizer, max_length, cuda_graphs)
 
     @property
     def device(self) -> torch.device:
@@ -190,7 +206,7 @@ class Encoder:
         """
         items = [texts] if isinstance(texts, str) else list(_iterable(texts))
         for index, text in enumerate(items):
-            _check_text(text, index)
+            check_text(text, index)
         device = self.device if convert_to_tensor else "cpu"
         embeddings = torch.empty(len(items), self.dim, dtype=torch.float32, device=device)
         stream = self.encode_stream(
@@ -247,7 +263,7 @@ class Encoder:
         started = time.perf_counter()
         stats = self.stats = EncodeStats()
         thread = ThreadPoolExecutor(1, thread_name_prefix="neobert-tokenize")
-        groups = _groups(texts, options)
+        groups = in_groups(texts, options.max_tokens, options.max_length, len(options.prompt))
 
         def tokenize_next() -> Future[_Group] | None:
             group = next(groups, None)
@@ -262,8 +278,9 @@ class Encoder:
                     group = upcoming.result()
                     upcoming = tokenize_next()
                     pooled = []
-                    for batch, rows in self._compute(group.batches, options):
+                    for batch, rows in self._compute(group.batches, options, stats):
                         pooled.append(rows)
+                        stats.batches += 1
                         stats.texts += batch.num_sequences
                         stats.tokens += batch.num_tokens
                         stats.seconds = time.perf_counter() - started
@@ -296,7 +313,7 @@ class Encoder:
             )
         except (TypeError, UnicodeEncodeError) as error:
             for index, text in enumerate(texts, first):
-                _check_unicode(text, index, error)
+                check_unicode(text, index, error)
             raise
         batches = token_budget_batches([len(ids) for ids in sequences], options.max_tokens)
         return _Group(
@@ -306,12 +323,12 @@ class Encoder:
         )
 
     def _compute(
-        self, batches: list[PackedBatch], options: _Options
+        self, batches: list[PackedBatch], options: _Options, stats: EncodeStats
     ) -> Iterator[tuple[PackedBatch, Tensor]]:
         """Each batch with its pooled rows. On a GPU, one batch behind the one being launched."""
         launched: tuple[PackedBatch, Tensor, torch.cuda.Event] | None = None
         for batch in batches:
-            rows = self._pooled(batch, options)
+            rows = self._pooled(batch, options, stats)
             if self.device.type != "cuda":
                 yield batch, rows
                 continue
@@ -328,17 +345,25 @@ class Encoder:
             yield launched[:2]
 
     @torch.inference_mode()
-    def _pooled(self, batch: PackedBatch, options: _Options) -> Tensor:
-        """(sequences, dim) float32 of one batch."""
+    def _pooled(self, batch: PackedBatch, options: _Options, stats: EncodeStats) -> Tensor:
+        """(sequences, dim) float32 of one batch on the host."""
+        if self._graphs is not None:
+            rows = self._graphs(batch, options.pooling, options.normalize)
+            if rows is not None:
+                stats.graphed += 1
+                return rows
         batch = batch.to(self.device, non_blocking=True)
+        return self._embed(batch, options.pooling, options.normalize)
+
+    def _embed(self, batch: PackedBatch, pooling: Pooling, normalize: bool) -> Tensor:
         hidden = self.model(
             input_ids=batch.input_ids[None],
             position_ids=batch.positions[None],
             cu_seqlens=batch.cu_seqlens,
             max_seqlen=batch.max_seqlen,
         ).last_hidden_state[0]
-        rows = pool(hidden, batch.cu_seqlens, options.pooling)
-        return torch.nn.functional.normalize(rows, dim=-1) if options.normalize else rows
+        rows = pool(hidden, batch.cu_seqlens, pooling)
+        return torch.nn.functional.normalize(rows, dim=-1) if normalize else rows
 
     def _checked_max_length(self, max_length: int | None, default: int) -> int:
         if max_length is None:
@@ -356,39 +381,3 @@ def _iterable(texts: Iterable[str]) -> Iterable[str]:
     if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Iterable):
         raise TypeError(f"texts must be a list or another iterable of str, got {type(texts)}")
     return texts
-
-
-def _check_text(text: object, index: int) -> None:
-    if not isinstance(text, str):
-        raise TypeError(f"texts[{index}] must be a str, got {type(text).__name__}: {text!r:.80}")
-
-
-def _check_unicode(text: str, index: int, cause: Exception) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"texts[{index}] is not valid Unicode: {error}") from cause
-
-
-def _groups(texts: Iterable[str], options: _Options) -> Iterator[tuple[list[str], int]]:
-    """Texts in groups that grow from FIRST_GROUP to LARGEST_GROUP batches, and where each starts.
-
-    Counted in characters, for tokens are not known yet; characters beyond max_length tokens do
-    not count, nor can a text count as fewer than its special tokens.
-    """
-    batch = options.max_tokens * CHARACTERS_PER_TOKEN
-    most = options.max_length * CHARACTERS_PER_TOKEN
-    size = FIRST_GROUP * batch
-    group: list[str] = []
-    start = characters = held = 0
-    for index, text in enumerate(texts):
-        _check_text(text, index)
-        group.append(text)
-        characters += min(len(options.prompt) + len(text) + 2 * CHARACTERS_PER_TOKEN, most)
-        held += len(text)
-        if characters >= size or held >= MOST_CHARACTERS:
-            yield group, start
-            group, start, characters, held = [], index + 1, 0, 0
-            size = min(2 * size, LARGEST_GROUP * batch)
-    if group:
-        yield group, start

@@ -1,18 +1,21 @@
 """The encoder's layers, on packed tensors: (tokens, dim) in, (tokens, dim) out."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from neobert.config import NeoBERTConfig
 from neobert.packing import PaddedLayout, sequence_of_token, unpack_padded
-from neobert_kernels import (
+from neobert_kernels import swiglu
+from neobert_kernels.unchecked import (
     apply_rotary_qkv_,
     linear,
     linear_swiglu,
     rms_norm,
-    swiglu,
     varlen_attention_qkv,
 )
 
@@ -47,12 +50,33 @@ def is_bare(module: nn.Module, cls: type[nn.Module] = Linear) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or _has_any_global_hook()
     )
     return type(module) is cls and not hooked and "forward" not in module.__dict__
 
 
-def add_projection(module: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
-    """residual + module(x), in one op when `module` is ours."""
+def bare_weight(module: nn.Module, cls: type[nn.Module] = Linear) -> Tensor | None:
+    """The weight of a bare module; None if it must be called, or keeps its weight elsewhere.
+
+    Calling a module and asking it for an attribute, both of which run Python of torch.nn, take the
+    host as long as an op. So blocks ask this first, and find their modules in `_modules`.
+    """
+    return module._parameters.get("weight") if is_bare(module, cls) else None
+
+
+def norm(module: Any, x: Tensor) -> Tensor:
+    """module(x), for a norm."""
+    weight = bare_weight(module, RMSNorm)
+    return module(x) if weight is None else rms_norm(x, weight, module.eps)
+
+
+def project(module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """module(x), plus the residual stream where one is given: in one op if `module` is ours."""
+    weight = bare_weight(module)
+    if weight is not None:
+        return linear(x, weight, residual)
+    if residual is None:
+        return module(x)
     if isinstance(module, Linear):
         return module(x, residual)
     return (residual + module(x)).to(residual.dtype)
@@ -67,11 +91,10 @@ class SwiGLU(nn.Module):
         self.w3 = Linear(config.swiglu_width, config.hidden_size)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        if is_bare(self.w12):
-            gated = linear_swiglu(x, self.w12.weight)
-        else:
-            gated = swiglu(self.w12(x))
-        return add_projection(self.w3, gated, residual)
+        modules: Any = self._modules
+        weight = bare_weight(modules["w12"])
+        gated = swiglu(modules["w12"](x)) if weight is None else linear_swiglu(x, weight)
+        return project(modules["w3"], gated, residual)
 
 
 def rotary_frequencies(config: NeoBERTConfig) -> tuple[Tensor, float]:
@@ -136,6 +159,7 @@ class NeoBERTBlock(GradientCheckpointingLayer):
         super().__init__()
         dim, self.heads = config.hidden_size, config.num_attention_heads
         self.head_dim = dim // self.heads
+        self.scale = self.head_dim**-0.5
         self.attention_norm = RMSNorm(dim, config.norm_eps)
         self.qkv = Linear(dim, 3 * dim)
         self.wo = Linear(dim, dim)
@@ -143,33 +167,41 @@ class NeoBERTBlock(GradientCheckpointingLayer):
         self.ffn = SwiGLU(config)
 
     def forward(
-        self, hidden: Tensor, rotary: RotaryTable, positions: Tensor, layout: PaddedLayout
+        self,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
     ) -> Tensor:
-        qkv = self.rotated_qkv(hidden, rotary, positions)
-        attended = varlen_attention_qkv(qkv, layout.cu_seqlens, layout.max_seqlen)
-        hidden = add_projection(self.wo, attended.flatten(1), hidden)
-        return self.ffn(self.ffn_norm(hidden), hidden)
+        modules: Any = self._modules
+        qkv = self.rotated_qkv(hidden, cos, sin, positions)
+        attended = varlen_attention_qkv(qkv, cu_seqlens, max_seqlen, self.scale)
+        hidden = project(modules["wo"], attended.flatten(1), hidden)
+        return modules["ffn"](norm(modules["ffn_norm"], hidden), hidden)
 
-    def rotated_qkv(self, hidden: Tensor, rotary: RotaryTable, positions: Tensor) -> Tensor:
+    def rotated_qkv(self, hidden: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
         """(tokens, heads, 3, head_dim): the projection packs [q, k, v] per head."""
-        qkv = self.qkv(self.attention_norm(hidden))
+        modules: Any = self._modules
+        qkv = project(modules["qkv"], norm(modules["attention_norm"], hidden))
         qkv = qkv.view(-1, self.heads, 3, self.head_dim)
-        return apply_rotary_qkv_(qkv, rotary.cos, rotary.sin, positions)
+        return apply_rotary_qkv_(qkv, cos, sin, positions)
 
     def attention_probabilities(
-        self, hidden: Tensor, rotary: RotaryTable, positions: Tensor, layout: PaddedLayout
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, layout: PaddedLayout
     ) -> Tensor:
         """(batch, heads, length, length) softmax of the scores, zeros to and from padding.
 
         For whoever asks for attentions: the matrix that the fused op never makes, computed beside
         it from the same q and k.
         """
-        q, k, _ = self.rotated_qkv(hidden, rotary, positions).unbind(2)
+        q, k, _ = self.rotated_qkv(hidden, cos, sin, positions).unbind(2)
         q, k = (unpack_padded(t, layout).transpose(1, 2).float() for t in (q, k))
         sequence = sequence_of_token(layout.cu_seqlens, hidden.shape[0]) + 1
         sequence = unpack_padded(sequence, layout).unsqueeze(1)
         attends = (sequence.unsqueeze(3) == sequence.unsqueeze(2)) & (sequence.unsqueeze(2) > 0)
-        scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+        scores = q @ k.transpose(2, 3) * self.scale
         # Not -inf: a padded row's softmax would be NaN, and so would every gradient through it.
         scores = scores.masked_fill(~attends, torch.finfo(scores.dtype).min)
         return scores.softmax(-1).masked_fill(~attends, 0.0).to(hidden.dtype)

@@ -36,6 +36,7 @@ from neobert.door import first_tokens, input_layout, one_row_per_sequence, packe
 from neobert.layers import NeoBERTBlock, RMSNorm, RotaryTable, is_bare
 from neobert.packing import pack_padded, unpack_padded
 from neobert_kernels import linear_cross_entropy
+from neobert_kernels._checks import check_dtype
 
 
 class NeoBERTPreTrainedModel(PreTrainedModel):
@@ -185,19 +186,20 @@ class NeoBERT(NeoBERTPreTrainedModel):
         hidden = pack_padded(inputs, layout)
         if inputs_embeds is None:
             hidden = self.encoder(hidden)
+        check_dtype("NeoBERT", embeddings=hidden)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
             output_attentions = self.config.output_attentions
 
         states, attentions = [], []
+        rotary = self.rotary.cos, self.rotary.sin, positions
         for block in self.transformer_encoder:
-            arguments = hidden, self.rotary, positions, layout
             if output_hidden_states:
                 states.append(unpack_padded(hidden, layout))
             if output_attentions:
-                attentions.append(block.attention_probabilities(*arguments))  # type: ignore[operator]
-            hidden = block(*arguments)
+                attentions.append(block.attention_probabilities(hidden, *rotary, layout))  # type: ignore[operator]
+            hidden = block(hidden, *rotary, layout.cu_seqlens, layout.max_seqlen)
         hidden = unpack_padded(self.layer_norm(hidden), layout)
         return BaseModelOutput(
             last_hidden_state=hidden,

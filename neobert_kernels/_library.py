@@ -5,14 +5,18 @@ fake tensors, a C++ kernel overrides it on the CPU, a CUDA or Triton kernel on t
 other registry, no backend argument and no environment variable.
 """
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
 lib = torch.library.Library("neobert", "DEF")
 ops = torch.ops.neobert
 OPS: list[str] = []
-_PYTHON_KERNELS: set[tuple[str, str]] = set()
+# Private, and a sixth of the cost of asking the public is_autocast_enabled for a tensor's device.
+is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
+_PYTHON_KERNELS: dict[tuple[str, str], Callable] = {}
 
 
 def define(schema: str, reference: Callable, fake: Callable | None = None) -> None:
@@ -35,12 +39,25 @@ def impl(name: str, key: str) -> Callable[[Callable], Callable]:
     def register(fn: Callable) -> Callable:
         if (name, key) in _PYTHON_KERNELS:
             raise RuntimeError(f"neobert::{name} already has a {key} kernel in Python")
-        _PYTHON_KERNELS.add((name, key))
+        _PYTHON_KERNELS[name, key] = fn
         if not has_kernel(name, key):
             lib.impl(name, fn, key)
         return fn
 
     return register
+
+
+@contextmanager
+def python_kernels_serve(key: str) -> Iterator[None]:
+    """Within, the Python kernels for `key` serve also where a compiled one has been brought: for
+    tests and benchmarks that hold the one against the other."""
+    with torch.library._scoped_library("neobert", "IMPL") as library:
+        with warnings.catch_warnings():  # of each override
+            warnings.simplefilter("ignore")
+            for (name, of_key), kernel in _PYTHON_KERNELS.items():
+                if of_key == key:
+                    library.impl(name, kernel, key, allow_override=True)
+        yield
 
 
 def has_kernel(name: str, key: str) -> bool:

@@ -93,6 +93,13 @@ def varlen_attention_qkv(
             f" got shape {tuple(qkv.shape)}, strides {qkv.stride()}"
         )
     scale = _check_common("varlen_attention_qkv", cu_seqlens, max_seqlen, scale, qkv.shape[-1])
+    return unchecked_varlen_attention_qkv(qkv, cu_seqlens, max_seqlen, scale)
+
+
+def unchecked_varlen_attention_qkv(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
+) -> Tensor:
+    """As `varlen_attention_qkv`, for tensors that the caller has checked (`unchecked.py`)."""
     if torch.is_grad_enabled() and qkv.requires_grad:
         return _VarlenAttentionQKV.apply(qkv, cu_seqlens, max_seqlen, scale)
     return ops.varlen_attention(*qkv.unbind(2), cu_seqlens, max_seqlen, scale)[0]

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._checks import at_least_float32, check_dtype, check_same_device, check_same_dtype
-from ._library import define, ops
+from ._library import define, is_any_autocast_enabled, ops
 from .swiglu import reference as swiglu_reference
 from .swiglu import swiglu
 
@@ -58,6 +58,13 @@ def linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
                 f"linear: residual must have shape {(x.shape[0], weight.shape[0])} to match"
                 f" x {tuple(x.shape)} and weight {tuple(weight.shape)}, got {tuple(residual.shape)}"
             )
+    return unchecked_linear(x, weight, residual)
+
+
+def unchecked_linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+    """As `linear`, for tensors that the caller has checked (`unchecked.py`)."""
+    if is_any_autocast_enabled():
+        x, weight = _autocast(x, weight)
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (residual is not None and residual.requires_grad)
     ):
@@ -88,6 +95,13 @@ def linear_swiglu(x: Tensor, weight: Tensor) -> Tensor:
             f"linear_swiglu: weight must have shape (2 * width, {x.shape[1]}),"
             f" got {tuple(weight.shape)}"
         )
+    return unchecked_linear_swiglu(x, weight)
+
+
+def unchecked_linear_swiglu(x: Tensor, weight: Tensor) -> Tensor:
+    """As `linear_swiglu`, for tensors that the caller has checked (`unchecked.py`)."""
+    if is_any_autocast_enabled():
+        x, weight = _autocast(x, weight)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return swiglu(_Linear.apply(x, weight, None))
     if _served_by_pytorch(x):
@@ -103,7 +117,7 @@ def _autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _served_by_pytorch(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in PYTORCH_GEMM_DTYPES
+    return x.dtype in PYTORCH_GEMM_DTYPES and x.is_cpu
 
 
 def product(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -139,16 +153,14 @@ class _Linear(torch.autograd.Function):
         dresidual = dy if ctx.residual_dtype is not None else None
         dy = dy.to(x.dtype)
         dx = product(dy, weight.t()) if ctx.needs_input_grad[0] else None
-        dweight = None
-        if (
-            ctx.needs_input_grad[1]
-            and dy.device.type == "cpu"
-            and dy.dtype in PYTORCH_DWEIGHT_DTYPES
-        ):
-            dweight = torch.mm(dy.t(), x)
-        elif ctx.needs_input_grad[1]:
-            dweight = product(dy.t(), x.t(), None)
+        dweight = _dweight(dy, x) if ctx.needs_input_grad[1] else None
         return dx, dweight, dresidual
+
+
+def _dweight(dy: Tensor, x: Tensor) -> Tensor:
+    if dy.is_cpu and dy.dtype in PYTORCH_DWEIGHT_DTYPES:
+        return torch.mm(dy.t(), x)
+    return product(dy.t(), x.t())
 
 
 def reference(x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:

@@ -24,6 +24,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
         ValueError: shapes or devices that do not fit.
     """
     _check("rms_norm", x, weight)
+    return unchecked_rms_norm(x, weight, eps)
+
+
+def unchecked_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As `rms_norm`, for tensors that the caller has checked (`unchecked.py`)."""
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _RMSNorm.apply(x, weight, eps)
     return ops.rms_norm(x, weight, eps)[0]

@@ -56,6 +56,11 @@ def apply_rotary_qkv_(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) 
             "apply_rotary_qkv_: qkv must be contiguous with shape (tokens, heads, 3, head_dim),"
             f" got shape {tuple(qkv.shape)}, strides {qkv.stride()}"
         )
+    return unchecked_apply_rotary_qkv_(qkv, cos, sin, positions)
+
+
+def unchecked_apply_rotary_qkv_(qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
+    """As `apply_rotary_qkv_`, for tensors that the caller has checked (`unchecked.py`)."""
     if torch.is_grad_enabled() and qkv.requires_grad:
         return _RotaryQKV.apply(qkv, cos, sin, positions)
     ops.rotary_qkv_(qkv, cos, sin, positions, False)

@@ -41,6 +41,16 @@ def test_contradictory_arguments_are_refused(model, arguments, message):
     ("arguments", "error", "message"),
     [
         ({"cu_seqlens": torch.tensor([0, 3, 6])}, TypeError, "cu_seqlens must be int32"),
+        ({"cu_seqlens": torch.zeros(1, 3).int()}, ValueError, r"\(sequences \+ 1,\), got \(1, 3\)"),
+        ({"cu_seqlens": torch.zeros(3, device="meta").int()}, ValueError, "on meta .* on cpu"),
+        ({"cu_seqlens": torch.tensor([0, 3, 7]).int()}, ValueError, "at or before the 6 tokens"),
+        ({"position_ids": torch.zeros(1, 6, device="meta").int()}, ValueError, "on meta .* on cpu"),
+        ({"position_ids": torch.zeros(1, 6)}, TypeError, "position_ids must be int64 or int32"),
+        (
+            {"input_ids": None, "inputs_embeds": torch.zeros(1, 6, 256).double()},
+            TypeError,
+            "embeddings must be float32, bfloat16 or float16, got torch.float64",
+        ),
         ({"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0]])}, ValueError, "not all ones"),
         ({"max_seqlen": 601}, ValueError, "601 tokens .*max_length 600"),
         ({"position_ids": torch.arange(6)[None] + 595}, IndexError, "600"),

@@ -158,7 +158,7 @@ def test_table_as_a_program():
 
 
 def test_second_python_kernel_for_a_key_is_refused(monkeypatch):
-    monkeypatch.setattr(_library, "_PYTHON_KERNELS", {("rms_norm", "CUDA")})
+    monkeypatch.setattr(_library, "_PYTHON_KERNELS", {("rms_norm", "CUDA"): print})
     with pytest.raises(RuntimeError, match="neobert::rms_norm already has a CUDA kernel in Python"):
         _library.impl("rms_norm", "CUDA")(lambda *arguments: None)
 
@@ -166,13 +166,26 @@ def test_second_python_kernel_for_a_key_is_refused(monkeypatch):
 @pytest.mark.parametrize("compiled", [True, False])
 def test_python_kernel_stands_back_for_a_compiled_one(monkeypatch, compiled):
     registered = []
-    monkeypatch.setattr(_library, "_PYTHON_KERNELS", set())
+    monkeypatch.setattr(_library, "_PYTHON_KERNELS", {})
     monkeypatch.setattr(_library, "has_kernel", lambda name, key: compiled)
     monkeypatch.setattr(
         _library, "lib", SimpleNamespace(impl=lambda *arguments: registered.append(arguments))
     )
     _library.impl("rms_norm", "CUDA")(print)
     assert registered == ([] if compiled else [("rms_norm", print, "CUDA")])
+
+
+def test_python_kernels_can_serve_for_a_while(monkeypatch):
+    def doubled(x, weight, eps):
+        return 2 * x, x[..., 0].float()
+
+    x, weight = torch.randn(3, 8), torch.randn(8)
+    served = nk.rms_norm(x, weight)
+    kernels = {("rms_norm", "CPU"): doubled, ("swiglu", "CUDA"): print}
+    monkeypatch.setattr(_library, "_PYTHON_KERNELS", kernels)
+    with _library.python_kernels_serve("CPU"):
+        assert torch.equal(nk.rms_norm(x, weight), 2 * x)
+    assert torch.equal(nk.rms_norm(x, weight), served)
 
 
 def test_public_names():

@@ -351,15 +351,17 @@ def test_autocast_keeps_the_residual_stream_in_float32(checkpoint, model):
     assert 0 < errors[0] < errors[1]
 
 
-@torch.no_grad()
-def test_compiles_as_one_graph_for_any_token_count(tmp_path):
+@pytest.mark.parametrize("dynamic", [True, None])
+@pytest.mark.parametrize("training", [False, True])
+def test_compiles_whole_into_at_most_three_graphs(tmp_path, training, dynamic):
+    """Whatever the numbers of tokens and sequences and the longest length are."""
     torch._dynamo.reset()
     config = small_config(num_hidden_layers=2)
     checkpoint = write_random_checkpoint(tmp_path, config, outliers=False)
-    model = NeoBERT.from_pretrained(checkpoint)
+    model = NeoBERT.from_pretrained(checkpoint).train(training)
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
-    for lengths in ([5, 9, 7], [33, 2], [64, 3, 3, 12]):
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend=counter)
+    for lengths in ([5, 9, 7], [33, 2], [64, 3, 3, 12], [17], [200, 0, 1, 1], [64] * 9, [2] * 40):
         batch = pack(random_sequences(lengths))
         arguments = dict(
             input_ids=batch.input_ids[None],
@@ -367,6 +369,14 @@ def test_compiles_as_one_graph_for_any_token_count(tmp_path):
             cu_seqlens=batch.cu_seqlens,
             max_seqlen=batch.max_seqlen,
         )
-        expected = model(**arguments).last_hidden_state
-        assert torch.allclose(compiled(**arguments).last_hidden_state, expected, atol=1e-6)
-    assert counter.frame_count <= 2, "recompiled for a token count"
+        results = []
+        for function in (model, compiled):
+            with torch.set_grad_enabled(training):
+                hidden = function(**arguments).last_hidden_state
+            results.append([hidden])
+            if training:
+                qkv = model.transformer_encoder[0].qkv.weight
+                results[-1] += torch.autograd.grad(hidden.square().mean(), qkv)
+        for eager, graph in zip(*results, strict=True):
+            assert torch.allclose(graph, eager, atol=1e-6)
+    assert counter.frame_count <= 3, "recompiled for another number of tokens or sequences"

@@ -1,21 +1,34 @@
-"""No launcher makes the host wait for the GPU, forward or backward.
+"""Nothing makes the host wait for the GPU: no launcher, no encoder's forward on packed sequences,
+no masked-LM training step.
 
-Every public function runs on meta tensors, which have no values: whatever asks for one (item,
-tolist, bool, nonzero, a copy to the host, …) fails. The launchers run as they are; only the kernels
-themselves, and questions about the GPU, are left out.
+All of it runs on meta tensors, which have no values: whatever asks for one (item, tolist, bool,
+nonzero, a copy to the host, …) fails, and so does a tensor made from Python numbers, which would
+be copied to the GPU and waited for. The launchers run as they are; only the kernels themselves, and
+questions about the GPU, are left out.
 """
+
+import sys
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton", reason="Triton is not installed (Linux only)")
 
 import triton
 from triton.runtime.jit import JITFunction
 
+import neobert.door
+import neobert.layers
+import neobert.model
 import neobert_kernels
+from neobert import NeoBERT, NeoBERTForSequenceClassification, NeoBERTLMHead
+from neobert_kernels import pool
 from neobert_kernels.triton import _device, cross_entropy, pooling, rms_norm, rotary, swiglu
+from tests.checkpoints import small_config
+
+linear = sys.modules["neobert_kernels.linear"]  # the package's `linear` is the function
 
 LAUNCHERS = {
     name: getattr(module, name)
@@ -30,8 +43,13 @@ LAUNCHERS = {
 }
 
 
+# On a GPU too these serve: the GEMM is PyTorch's.
+REFERENCES = {"linear": linear.reference, "linear_swiglu": linear.reference_swiglu}
+
+
 class _Launchers(TorchDispatchMode):
-    """Sends our ops to their launchers."""
+    """Sends our ops to what serves them on a GPU; those that no test names, to their shapes alone.
+    Refuses tensors that come from the host."""
 
     def __init__(self):
         super().__init__()
@@ -41,8 +59,16 @@ class _Launchers(TorchDispatchMode):
         namespace, name = func.name().split("::")
         if namespace == "neobert":
             self.launched.add(name)
-            return LAUNCHERS[name](*args)
-        return func(*args, **(kwargs or {}))
+            serves = LAUNCHERS.get(name) or REFERENCES.get(name)
+            if serves is None:
+                return func(*args)
+            with self:  # what it calls counts too
+                return serves(*args)
+        result = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, result)) if isinstance(t, torch.Tensor)]
+        if any(t.device.type == "cpu" for t in tensors):
+            raise RuntimeError(f"{name} takes a tensor from the host")
+        return result
 
 
 @pytest.fixture
@@ -52,12 +78,17 @@ def no_values(monkeypatch):
     def synchronize(*args, **kwargs):
         raise RuntimeError("synchronize")
 
+    def upload(*args, **kwargs):
+        raise RuntimeError("a tensor from numbers of the host")
+
     monkeypatch.setattr(JITFunction, "run", lambda self, *args, **kwargs: None)
     monkeypatch.setattr(_device, "_gpu", lambda device: (90, 132))
     # As in the interpreter, launchers then take tensors of any device.
     monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
     for owner in (torch.cuda, torch.cuda.Event, torch.cuda.Stream):
         monkeypatch.setattr(owner, "synchronize", synchronize)
+    for name in ("tensor", "as_tensor", "from_numpy"):
+        monkeypatch.setattr(torch, name, upload)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # it knows no "meta"
     torch.use_deterministic_algorithms(False)  # there is no memory to fill with NaN
     with torch.device("meta"), _Launchers() as mode:
@@ -73,7 +104,7 @@ def backward(*outputs):
     torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
 
 
-def run_everything():
+def run_ops():
     tokens, dim, vocab = 9000, 768, 30522  # more tokens than fit a chunk of the loss
     x, stream = empty(tokens, dim, grad=True), empty(tokens, dim, dtype=torch.float32, grad=True)
     weight = empty(dim, dtype=torch.float32, grad=True)
@@ -94,11 +125,66 @@ def run_everything():
         neobert_kernels.linear_cross_entropy(x, *head)
 
 
-def test_nothing_waits_for_the_gpu(no_values):
-    run_everything()
-    assert no_values.launched == LAUNCHERS.keys()
+def packed_input(tokens=50, sequences=4):
+    return {
+        "input_ids": empty(1, tokens, dtype=torch.int64),
+        "position_ids": empty(1, tokens, dtype=torch.int64),
+        "cu_seqlens": empty(sequences + 1, dtype=torch.int32),
+        "max_seqlen": 20,
+    }
 
 
+with torch.device("meta"):
+    CONFIG = small_config(num_hidden_layers=2)
+    ENCODER = NeoBERT(CONFIG).bfloat16().eval()
+    CLASSIFIER = NeoBERTForSequenceClassification(CONFIG).bfloat16().eval()
+    LANGUAGE_MODEL = NeoBERTLMHead(CONFIG).train()
+
+
+@torch.inference_mode()
+def run_encoder():
+    """Embeddings of packed sequences; positions given and not, and padded without a mask."""
+    packed = packed_input()
+    hidden = ENCODER(**packed).last_hidden_state[0]
+    for mode in ("mean", "cls"):
+        pool(hidden, packed["cu_seqlens"], mode)
+    ENCODER(**packed | {"position_ids": None}, output_hidden_states=True)
+    ENCODER(empty(3, 9, dtype=torch.int64))
+    CLASSIFIER(**packed)
+
+
+def run_training_step(dtype=torch.bfloat16):
+    """Forward and backward of the masked-language model, the loss over a number of tokens that
+    only the GPU knows."""
+    model = LANGUAGE_MODEL.to(dtype)
+    model.zero_grad()
+    labels, count = empty(1, 50, dtype=torch.int64), empty(dtype=torch.int64)
+    model(**packed_input(), labels=labels, num_items_in_batch=count).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def run_training_step_under_autocast():
+    """On meta tensors there is none; what the functions ask about it is answered here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "is_any_autocast_enabled", lambda: True)
+        patch.setattr(torch, "is_autocast_enabled", lambda device: True)
+        patch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+        run_training_step(torch.float32)
+
+
+PATHS = [run_ops, run_encoder, run_training_step, run_training_step_under_autocast]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_nothing_waits_for_the_gpu(no_values, path):
+    path()
+    if path is run_ops:
+        assert no_values.launched == LAUNCHERS.keys()
+    else:
+        assert {"rms_norm", "rotary_qkv_", "varlen_attention", "linear"} <= no_values.launched
+
+
+WAITED = (RuntimeError, NotImplementedError, TypeError)  # the last for Tensor.numpy
 WAITS = {
     "item": lambda x: x.sum().item(),
     "tolist": lambda x: x.tolist(),
@@ -112,6 +198,10 @@ WAITS = {
     "unique": lambda x: x.unique(),
     "repeat_interleave": lambda x: torch.repeat_interleave(x, x),
     "equal": lambda x: torch.equal(x, x),
+    "numpy": lambda x: x.numpy(),
+    "tensor": lambda x: torch.tensor([1, 2], device=x.device),
+    "upload": lambda x: torch.ones(3, device="cpu").to(x.device),
+    "add": lambda x: x + torch.ones(3, device="cpu"),
     "synchronize": lambda x: torch.cuda.synchronize(),
 }
 
@@ -125,11 +215,34 @@ def test_a_planted_wait_is_caught(no_values, monkeypatch, wait):
         return launch(dy, gate_up)
 
     monkeypatch.setitem(LAUNCHERS, "swiglu_bwd", planted)
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        run_everything()
+    with pytest.raises(WAITED):
+        run_ops()
+
+
+@pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS.keys())
+@pytest.mark.parametrize(
+    ("path", "module", "place"),
+    [
+        (run_encoder, neobert.door, "restarting_positions"),
+        (run_encoder, neobert.layers, "project"),
+        (run_training_step, neobert.layers, "project"),
+        (run_training_step, neobert.model, "unpack_padded"),
+    ],
+)
+def test_a_wait_planted_in_the_model_is_caught(no_values, monkeypatch, path, module, place, wait):
+    function = getattr(module, place)
+
+    def planted(*args, **kwargs):
+        result = function(*args, **kwargs)
+        wait(result.flatten().long())
+        return result
+
+    monkeypatch.setattr(module, place, planted)
+    with pytest.raises(WAITED):
+        path()
 
 
 def test_an_op_that_does_not_wait_passes(no_values, monkeypatch):
     launch = LAUNCHERS["swiglu_bwd"]
     monkeypatch.setitem(LAUNCHERS, "swiglu_bwd", lambda dy, g: launch(dy, g + g[0].long().sum()))
-    run_everything()
+    run_ops()

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import neobert_kernels
+from neobert_kernels import _compiled
+from neobert_kernels._library import python_kernels_serve
 
 DIM, HEADS, HEAD_DIM, WIDTH, VOCAB = 768, 12, 64, 2048, 30522
 # DESIGN's lengths that break kernels: tile edges, one long among short, empty, single tokens.
@@ -125,9 +127,16 @@ def run(fn: Callable, inputs: tuple[Tensor, ...], wide: bool = False) -> list[Te
     return [*(t.detach() for t in outputs), *torch.autograd.grad(outputs, leaves, gradients)]
 
 
-if __name__ == "__main__":
+def run_all() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         for name, case in make(dtype, [1, 0, 65, 7], "cuda").items():
             run(case.ours, case.inputs)
             print(name, dtype)
     torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    run_all()
+    if _compiled.CUDA_LOADED:
+        with python_kernels_serve("CUDA"):
+            run_all()

@@ -8,6 +8,7 @@ from cases import DIM, LENGTHS, VOCAB, WIDTH, make, run
 import neobert_kernels
 from neobert_kernels._library import OPS, has_kernel
 
+pytestmark = pytest.mark.usefixtures("kernels")
 NAMES = list(make(torch.float32, [2], "cpu"))
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # What serves these on a GPU is not a kernel of ours: GEMMs are the library's, and the fused loss

@@ -1,0 +1,20 @@
+"""Functions of this package without their argument checks, for a caller that has checked at its
+own door: inside a model, where shapes and dtypes follow from the weights, asking again at every op
+costs the host as much as the op. Arguments, results and autograd are those of the public functions.
+
+Kernels still refuse a dtype that they do not serve. A shape that does not fit is not looked for.
+"""
+
+from .attention import unchecked_varlen_attention_qkv as varlen_attention_qkv
+from .linear import unchecked_linear as linear
+from .linear import unchecked_linear_swiglu as linear_swiglu
+from .rms_norm import unchecked_rms_norm as rms_norm
+from .rotary import unchecked_apply_rotary_qkv_ as apply_rotary_qkv_
+
+__all__ = [
+    "apply_rotary_qkv_",
+    "linear",
+    "linear_swiglu",
+    "rms_norm",
+    "varlen_attention_qkv",
+]
