@@ -86,13 +86,13 @@ def random_ids(batch: int, length: int) -> list[list[int]]:
 
 
 def texts(encoder: Encoder, batch: int, length: int) -> list[str]:
-    """Texts of about `length` tokens, each cut from a docstring of its own."""
-    found = (
-        encoder.tokenizer.decode(ids[1 : length - 1])
-        for ids in encoder.tokenizer(standard_library_docstrings()[:2000])["input_ids"]
-        if len(ids) >= length
-    )
-    return [next(found) for _ in range(batch)]
+    """Of as many tokens as `random_ids`, each the beginning of a docstring of its own."""
+    docstrings = standard_library_docstrings()[:2000]
+    ends = iter(zip(docstrings, encoder.tokenizer(docstrings).encodings, strict=True))
+    return [
+        next(text[: e.offsets[n - 2][1]] for text, e in ends if len(e) >= n)
+        for n in lengths_of(batch, length)
+    ]
 
 
 def padded(ids: list[list[int]]) -> tuple[Tensor, Tensor | None]:

@@ -114,6 +114,32 @@ def gpu_row_op_table(results: dict) -> list[str]:
     return lines
 
 
+def latency_table(results: dict) -> list[str]:
+    """Milliseconds of small batches, from ids and from strings."""
+    prefix = "bench_latency.py::test_"
+    tests = {
+        tuple(name.removeprefix(prefix).rstrip("]").replace("_", " ").split("[")): figures["ms"]
+        for name, figures in results.items()
+        if name.startswith(prefix)
+    }
+    methods = list(dict.fromkeys(method for figures in tests.values() for method in figures))
+    columns = [(method, p) for method in methods for p in ("p50", "p90", "p99")]
+    columns = [(m, p) for m, p in columns if p == "p50" or m.startswith("ours")]
+    titles = " | ".join(f"{method}, {p}" for method, p in columns)
+    lines = [f"| latency, ms | {titles} |", "|---|" + "---|" * len(columns)]
+    for (test, shape), figures in sorted(tests.items(), key=lambda item: _in_numbers(item[0])):
+        times = [figures[method][p] if method in figures else None for method, p in columns]
+        cells = ["-" if ms is None else f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}" for ms in times]
+        batch, length = shape.split("-")
+        lines.append(f"| {test}, {batch} x {length} tokens | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _in_numbers(test_and_shape: tuple[str, str]) -> tuple[str, list[int]]:
+    test, shape = test_and_shape
+    return test, [int(number) for number in shape.split("-")]
+
+
 def render(path: Path) -> str:
     """The Markdown between the README's markers, from one results file."""
     document = json.loads(path.read_text())
@@ -130,6 +156,8 @@ def render(path: Path) -> str:
     if any("bench_encoder" in name for name in results):
         lines += ["Full-size encoder; in brackets, speed relative to ours.", ""]
         lines += [*encoder_table(results), ""]
+    if any("bench_latency" in name for name in results):
+        lines += [*latency_table(results), ""]
     return "\n".join([*lines, *attention_table(results), "", *row_op_table(results)])
 
 

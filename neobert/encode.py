@@ -267,7 +267,14 @@ class Encoder:
 
         def tokenize_next() -> Future[_Group] | None:
             group = next(groups, None)
-            return group and thread.submit(self._prepare, *group, options)
+            if group is None:
+                return None
+            given, first, last = group
+            if first == 0 and last:  # nothing is computed meanwhile: no thread for a query
+                done: Future[_Group] = Future()
+                done.set_result(self._prepare(given, first, options))
+                return done
+            return thread.submit(self._prepare, given, first, options)
 
         try:
             with tqdm(

@@ -25,8 +25,9 @@ def check_unicode(text: str, index: int, cause: Exception) -> None:
 
 def in_groups(
     texts: Iterable[str], max_tokens: int, max_length: int, prompt_length: int
-) -> Iterator[tuple[list[str], int]]:
-    """Texts in groups that grow from FIRST_GROUP to LARGEST_GROUP batches, and where each starts.
+) -> Iterator[tuple[list[str], int, bool]]:
+    """Texts in groups that grow from FIRST_GROUP to LARGEST_GROUP batches, where each starts, and
+    whether it is known to be the last.
 
     Counted in characters, for tokens are not known yet; characters beyond max_length tokens do
     not count, nor can a text count as fewer than its special tokens.
@@ -42,8 +43,8 @@ def in_groups(
         characters += min(prompt_length + len(text) + 2 * CHARACTERS_PER_TOKEN, most)
         held += len(text)
         if characters >= size or held >= MOST_CHARACTERS:
-            yield group, start
+            yield group, start, False
             group, start, characters, held = [], index + 1, 0, 0
             size = min(2 * size, LARGEST_GROUP * batch)
     if group:
-        yield group, start
+        yield group, start, True

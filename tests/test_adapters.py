@@ -1,5 +1,6 @@
 """A projection that is wrapped, replaced or hooked is called, never bypassed by a fused op."""
 
+import accelerate
 import pytest
 import torch
 from torch import nn
@@ -126,3 +127,13 @@ def test_a_weight_that_is_made_elsewhere_counts(checkpoint, name, how):
 class Scaled(nn.Module):
     def forward(self, weight):
         return 1.5 * weight
+
+
+@torch.no_grad()
+def test_offloaded_weights_are_fetched(checkpoint):
+    ids = torch.tensor(random_sequences([20]))
+    model = NeoBERT.from_pretrained(checkpoint)
+    expected = model(ids).last_hidden_state
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert model.transformer_encoder[0].qkv.weight.is_meta
+    assert torch.equal(model(ids).last_hidden_state, expected)
