@@ -42,7 +42,7 @@ def figures_of(request, tmp_path_factory):
     """figures_of(contestant): its cells; the first call runs its worker."""
     chosen = [item.callspec.params for item in request.session.items if "throughput" in item.name]
     contestants = [name for name in PLAN.contestants if name in {p["contestant"] for p in chosen}]
-    budget = run.Budget(contestants, PLAN.seconds)
+    budget = run.Budget(PLAN, contestants)
     here = run.describe_machine(PLAN.device)
     folder = tmp_path_factory.mktemp("throughput")
     path = None

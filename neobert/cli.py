@@ -295,7 +295,7 @@ def bench(
     ] = None,
     seconds: Annotated[
         float | None,
-        typer.Option(help="Time budget.", show_default="600 on a CPU, 570 on a GPU, 170 if quick"),
+        typer.Option(help="Time budget.", show_default="570 on a CPU, 560 on a GPU, 160 if quick"),
     ] = None,
     output: Annotated[
         Path,

@@ -53,7 +53,7 @@ def cells_after(tmp_path, act="pass", before="", parity="None", goes_on=True, se
     figures = run.run_contestant(
         plan("bert-base", seconds=seconds),
         "bert-base",
-        run.Budget(["bert-base"], seconds),
+        run.Budget(plan("bert-base", seconds=seconds)),
         tmp_path,
         events.append,
         [sys.executable, "-c", script],
@@ -119,7 +119,7 @@ def test_the_budget_is_shared_and_what_is_left_goes_on(monkeypatch):
     monkeypatch.setattr(time, "time", lambda: now[0])
     names = ("bert-base", "roberta-base", "bert-large")
     shares = [CONTESTANTS[name].share for name in names]
-    budget = run.Budget(names, 120.0)
+    budget = run.Budget(plan(*names, seconds=120.0))
     assert budget.next_deadline(names[0]) == pytest.approx(1000 + 120 * shares[0] / sum(shares))
     now[0] += 10.0  # it took 10 s, less than its share
     assert budget.next_deadline(names[1]) == pytest.approx(
@@ -128,8 +128,10 @@ def test_the_budget_is_shared_and_what_is_left_goes_on(monkeypatch):
     assert budget.next_deadline(names[2]) == pytest.approx(1120)
 
 
-def test_a_budget_that_is_spent_gives_nothing():
-    budget = run.Budget(["bert-base"], -1.0)
+def test_a_budget_that_is_spent_gives_nothing(monkeypatch):
+    now = time.time
+    budget = run.Budget(plan("bert-base", seconds=1.0))
+    monkeypatch.setattr(time, "time", lambda: now() + 2.0)
     assert budget.next_deadline("bert-base") <= time.time()
 
 
@@ -167,7 +169,7 @@ def cell(rate=1000.0, **more):
         "mfu": 0.5,
         "batch": 4,
         "steps": 3,
-        "step_s": [0.1, 0.2, 0.3],
+        "step_s": {"median": 0.2, "min": 0.1, "max": 0.3},
         "padding": 1.0,
         "peak_bytes": 2**30,
     }
@@ -204,9 +206,10 @@ def test_the_table():
     lines = table.markdown(document(), "neobert bench").splitlines()
     for line in (
         "| all texts of length | attention | 512 | 1,024 | paper, 512 | paper, 1,024 |",
-        "| **NeoBERT, neobert-kernels** | varlen_attention | 1,200 | 1,100 | 24.5k | 22.2k |",
-        "| NeoBERT, plain PyTorch | sdpa | 600 | *crashed* |  |  |",
-        "| BERT-base | sdpa | 3,000 | - | 27.6k | - |",
+        "| **NeoBERT, neobert-kernels** | varlen_attention "
+        "| 1,200 (4) | 1,100 (4) | 24.5k | 22.2k |",
+        "| NeoBERT, plain PyTorch | sdpa | 600 (4) | *crashed* |  |  |",
+        "| BERT-base | sdpa | 3,000 (4) | - | 27.6k | - |",
         "|  | lognormal lengths ≤ 512 | queries, 1 at a time, ms, p50 / p90 |",
         "| **NeoBERT, neobert-kernels** | 1,150 (1.00) | 25 / 31.2 |",
         "| NeoBERT, plain PyTorch | 250 (1.83) | 50 / 60 |",
@@ -358,4 +361,8 @@ def test_pytest_benchmark_has_the_steps_that_were_measured(tmp_path):
     (results,) = tmp_path.glob("*-throughput.json")
     rows = json.loads(results.read_text())["throughput"]["float32"]
     assert set(rows) == {entry["params"]["contestant"] for entry in entries}
-    assert rows["bert-base"]["cells"]["fixed-512"]["step_s"] == [0.25, 0.5, 0.75]
+    assert rows["bert-base"]["cells"]["fixed-512"]["step_s"] == {
+        "median": 0.5,
+        "min": 0.25,
+        "max": 0.75,
+    }

@@ -64,7 +64,8 @@ class Contestant:
 
     variant: "plain", "compiled" or "ours" for NeoBERT; "transformers" for the others.
     size: the group it has in the paper's Table 10.
-    share: of the time budget, relative to the others'.
+    share: of a CPU's time budget, relative to the others'. A GPU's time is in what all have to go
+        through, and shared evenly.
     paper: Table 10's figures for it, 10³ tokens per second by length.
     """
 

@@ -12,7 +12,7 @@ KINDS = ("fixed", "normal", "lognormal", "strings", "short")
 TITLES = {
     "normal": "normal lengths ≤ {0}",
     "lognormal": "lognormal lengths ≤ {0}",
-    "strings": "the same from strings",
+    "strings": "lognormal ≤ {0} from strings",
     "short": "queries, {0} at a time",
 }
 PAPER = """\
@@ -20,13 +20,14 @@ The paper's figures, right, are of an A100, with dtype, attention and synchronis
 24.5 thousand tokens a second at length 512 are 11 TFLOP/s, under 4 % of the 312 that an A100 has in
 bfloat16: they are the speed of an implementation, not of an architecture."""
 LEGEND = """\
-Live tokens alone are counted; in brackets, computed tokens over live ones. MFU: the FLOP that the
-live tokens need (2 per weight of a matrix product and token, 4 · dim per layer and pair of tokens
-that attend; for NeoBERT 396.4 M + 86,016 · length per token) per second, over the fastest large
-matrix product measured in the same process, torch's or ours. Memory: the process's peak, weights
-included. Cold start: from the start of the process to the first vectors, imports, weights and
-compiling included (NeoBERT reads a checkpoint, the others draw random weights). Cosine: of the
-worst token to float32 plain PyTorch on the same weights."""
+Live tokens alone are counted; in brackets, at real lengths, computed tokens over live ones. On a
+GPU torch.compile answers queries by CUDA graphs (mode reduce-overhead). MFU: the FLOP that the live
+tokens need (2 per weight of a matrix product and token, 4 · dim per layer and pair of tokens that
+attend; for NeoBERT 396.4 M + 86,016 · length per token) per second, over the fastest large matrix
+product measured in the same process, torch's or ours. Memory: the process's peak, weights included.
+Cold start: from the start of the process to the first vectors, imports, weights and compiling
+included (NeoBERT reads a checkpoint, the others draw random weights). Cosine: of the worst token to
+float32 plain PyTorch on the same weights."""
 
 
 def markdown(document: Figures, command: str = "neobert bench") -> str:
@@ -35,7 +36,7 @@ def markdown(document: Figures, command: str = "neobert bench") -> str:
     lines: list[str] = []
     for dtype, rows in document["throughput"].items():
         ordered = {name: rows[name] for name in CONTESTANTS if name in rows}
-        lines += [f"**{dtype}.** Live tokens per second, best batch size.", ""]
+        lines += [f"**{dtype}.** Live tokens per second; in brackets the best batch.", ""]
         lines += [*_fixed(ordered), "", *_ragged(ordered), "", *_efficiency(ordered), ""]
         lines += [*_speedups(ordered), ""]
         lines += _not_run(ordered)
@@ -87,9 +88,13 @@ def _fixed(rows: Figures) -> list[str]:
     header = ["all texts of length", "attention", *(f"{w.number:,}" for w in lengths)]
     paper_lengths = [w.number for w in lengths if w.number in PAPER_LENGTHS]
     header += [f"paper, {n:,}" for n in paper_lengths]
+
+    def show(cell: Figures) -> str:
+        return f"{_rate(cell['tokens_per_s'])} ({cell['batch']})"
+
     body = []
     for name, row in rows.items():
-        cells = [_cell(rows, name, w, lambda cell: _rate(cell["tokens_per_s"])) for w in lengths]
+        cells = [_cell(rows, name, w, show) for w in lengths]
         paper = dict(zip(PAPER_LENGTHS, CONTESTANTS[name].paper, strict=False))
         # A row that the paper has not stays empty; a length that its model has not is a dash.
         missing = "-" if paper else ""

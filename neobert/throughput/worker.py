@@ -70,6 +70,8 @@ class Worker:
         self.device, self.dtype = torch.device(request.device), DTYPES[request.dtype]
         self.checkpoint = Path(request.checkpoint) if request.checkpoint else None
         self.pace = measure.PACES[self.device.type]
+        # On a GPU torch.compile has one mode for many tokens and another for single queries.
+        self.compiles_twice = self.contestant.variant == "compiled" and self.device.type == "cuda"
         self.for_latency = False
         self.rate = 0.0  # computed FLOP per second: what predictions go by
 
@@ -128,12 +130,11 @@ class Worker:
         if self.predicted(workload, first) > self.seconds_left():
             return {"not_run": "time budget"}
         latency = workload.kind == "short"
-        if latency != self.for_latency and self.contestant.variant == "compiled":
+        if latency != self.for_latency and self.compiles_twice:
             self.for_latency = latency
-            if self.device.type == "cuda":  # another way to compile
-                del self.runner
-                measure.release_memory()
-                self.runner = self.build()
+            del self.runner
+            measure.release_memory()
+            self.runner = self.build()
         try:
             return self.latency(workload) if latency else self.throughput(workload)
         except Exception as error:
@@ -143,7 +144,7 @@ class Worker:
         return {"not_run": "out of memory"}
 
     def predicted(self, workload: Workload, batch: int) -> float:
-        """Seconds of a step, twice over if it is short enough to be warmed up."""
+        """Seconds of a trial: a step, or three of them if they are short."""
         step = self.computed_flop(workload.lengths(batch)) / self.rate
         return step if step > WARM_UP_SECONDS else 3 * step
 
@@ -218,7 +219,7 @@ class Worker:
             lengths = [[n] for n in workload.lengths(QUERIES)]
         inputs = [self.runner.inputs(random_ids(each, self.shape.vocab)) for each in lengths]
         steps = [partial(self.runner.run, each) for each in inputs]
-        for step in steps * 2:  # twice: torch captures a CUDA graph at the second call
+        for step in steps * 3:  # torch warms up, then captures a CUDA graph, then replays it
             step()
         taken = measure.time_calls(
             itertools.cycle(steps), self.pace.steps, self.pace.seconds, self.synchronize
