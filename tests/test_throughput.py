@@ -32,7 +32,7 @@ def tiny(contestant: str) -> Shape:
     """Two layers and two heads of 64; ModernBERT's second layer is local."""
     shape = CONTESTANTS[contestant].shape
     window = None if shape.window is None else 8
-    small = dict(vocab=1000, dim=128, layers=2, heads=2, intermediate=192, max_length=64)
+    small = dict(vocab=1000, dim=128, layers=2, heads=2, intermediate=192, max_length=160)
     return replace(shape, **small, window=window)
 
 
@@ -250,7 +250,7 @@ def test_the_best_attention_of_a_gpu():
         assert models.best_attention(shape, CPU, torch.bfloat16) == "sdpa"
 
 
-WORKLOADS = ["fixed-16", "lognormal-40", "strings-40", "short-1", "short-4", "fixed-128"]
+WORKLOADS = ["fixed-16", "lognormal-40", "strings-40", "short-1", "short-4", "fixed-256"]
 
 
 def work(name, checkpoint, workloads=WORKLOADS, seconds=PLENTY, dtype="float32"):
@@ -288,7 +288,7 @@ def test_a_worker_measures_every_workload(name, checkpoint, brief, monkeypatch):
     assert ready["event"] == "ready" and ready["cold_start_s"] > 0
     assert [e["workload"] for e in rest if e["event"] == "begin"] == WORKLOADS
     cells = {e["workload"]: e["cell"] for e in rest if e["event"] == "cell"}
-    assert cells.pop("fixed-128") == {"not_run": "beyond 64 positions"}
+    assert cells.pop("fixed-256") == {"not_run": "beyond 160 positions"}
     shape = tiny(name)
     for workload, cell in cells.items():
         lengths = Workload.parse(workload).lengths(cell["batch"])
@@ -311,7 +311,7 @@ def test_a_worker_measures_every_workload(name, checkpoint, brief, monkeypatch):
 def test_a_worker_begins_nothing_beyond_its_deadline(checkpoint, brief):
     events = work("bert-base", checkpoint, seconds=-1)
     cells = [e["cell"] for e in events if e["event"] == "cell"]
-    assert cells == [{"not_run": "time budget"}] * 5 + [{"not_run": "beyond 64 positions"}]
+    assert cells == [{"not_run": "time budget"}] * 5 + [{"not_run": "beyond 160 positions"}]
 
 
 def test_a_worker_survives_running_out_of_memory(checkpoint, brief, monkeypatch):

@@ -36,7 +36,7 @@ def draw(document: dict[str, Any], path: Path) -> None:
     for (dtype, rows), (throughput, mfu, speedup) in zip(tables.items(), axes, strict=True):
         _by_length(throughput, rows, "tokens_per_s")
         throughput.set(ylabel=f"live tokens per second, {dtype}", yscale="log")
-        throughput.legend(fontsize=7)
+        _legend(throughput)
         _by_length(mfu, rows, "mfu")
         mfu.set(ylabel="MFU, share of the fastest matrix product")
         mfu.set_ylim(bottom=0)
@@ -92,5 +92,9 @@ def _by_padding(axes: Any, rows: dict[str, Any]) -> None:
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set(xlabel="computed tokens over live tokens, padded", ylabel="times as fast")
     axes.set_ylim(bottom=0)
-    if axes.get_legend_handles_labels()[0]:
+    _legend(axes)
+
+
+def _legend(axes: Any) -> None:
+    if axes.get_legend_handles_labels()[0]:  # matplotlib warns of an empty one
         axes.legend(fontsize=7)

@@ -93,6 +93,8 @@ class Plan:
     shapes: dict[str, Shape] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.device not in WORKLOADS:
+            raise ValueError(f"device must be one of {', '.join(WORKLOADS)}, got {self.device!r}")
         for name in self.contestants:
             if name not in CONTESTANTS:
                 raise ValueError(f"models must be among {', '.join(CONTESTANTS)}, got {name!r}")
@@ -100,8 +102,6 @@ class Plan:
             Workload.parse(name)
         if not self.contestants or not self.workloads:
             raise ValueError("models and workloads must name at least one each")
-        if self.device not in WORKLOADS:
-            raise ValueError(f"device must be one of {', '.join(WORKLOADS)}, got {self.device!r}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device is cuda, but torch {torch.__version__} finds no GPU")
         if self.dtype not in DTYPES:
@@ -247,7 +247,8 @@ def run_contestant(
         cause = run_worker(request, deadline + GRACE * share, folder, worker, hear)
         pending = [workload for workload in pending if workload not in cells]
         if cause is None:
-            give_up(pending, _withheld(figures))
+            if pending:
+                give_up(pending, _withheld(figures))
             break
         if cause == TIME_BUDGET or not begun or begun[-1] in cells:
             give_up(pending, cause)  # no time, or nothing to go on without

@@ -44,11 +44,12 @@ class Shape:
         layers count only the pairs within their window, whatever the implementation computes.
         Element-wise work is not counted. For NeoBERT: 396.4 M + 86,016 * length per token.
         """
-        layers_global = len(range(0, self.layers, self.global_every))
-        pairs = layers_global * sum(n * n for n in lengths)
+        every_pair = sum(n * n for n in lengths)
+        near = every_pair
         if self.window is not None:
-            local = sum(pairs_within(n, self.window) for n in lengths)
-            pairs += (self.layers - layers_global) * local
+            near = sum(pairs_within(n, self.window) for n in lengths)
+        layers_global = -(-self.layers // self.global_every)
+        pairs = layers_global * every_pair + (self.layers - layers_global) * near
         return 2 * self.linear_weights * sum(lengths) + 4 * self.dim * pairs
 
 
