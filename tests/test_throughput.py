@@ -129,7 +129,7 @@ def search(fails=None, rate=lambda batch: 10.0 * batch, left=PLENTY, patience=1)
             fails(batch)
         return measure.Trial(batch, 100 * batch, [100 * batch / rate(batch)])
 
-    pace = measure.Pace(100, 1.0, 2, 1.0, patience)
+    pace = measure.Pace(100, 1.0, 2, 1.0, patience, 0.02)
     batches = Workload.parse("fixed-64").batches("cpu")
     found = measure.search_batches(batches, try_batch, lambda b: float(b), lambda: left, pace)
     return found, tried
@@ -275,7 +275,7 @@ def work(name, checkpoint, workloads=WORKLOADS, seconds=PLENTY, dtype="float32")
 @pytest.fixture
 def brief(monkeypatch):
     """Few steps, a small roof."""
-    monkeypatch.setitem(measure.PACES, "cpu", measure.Pace(8, 0.05, 1, 0.05, 1))
+    monkeypatch.setitem(measure.PACES, "cpu", measure.Pace(8, 0.05, 1, 0.05, 1, 0.02))
     monkeypatch.setattr(measure, "matmul_rate", lambda device, dtype: 1e11)
 
 

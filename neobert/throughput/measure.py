@@ -40,12 +40,12 @@ class Pace:
     search_steps: int
     search_seconds: float
     patience: int
-    gain: float = 0.02
+    gain: float
 
 
 PACES = {
-    "cpu": Pace(steps=100, seconds=3.0, search_steps=2, search_seconds=1.0, patience=1),
-    "cuda": Pace(steps=100, seconds=5.0, search_steps=5, search_seconds=1.0, patience=2),
+    "cpu": Pace(steps=100, seconds=3.0, search_steps=2, search_seconds=1.0, patience=1, gain=0.05),
+    "cuda": Pace(steps=100, seconds=5.0, search_steps=5, search_seconds=1.0, patience=2, gain=0.01),
 }
 
 

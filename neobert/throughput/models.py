@@ -256,17 +256,18 @@ def varlen_attention_forward(
     sliding_window: one more than the tokens to either side, as ModernBERT passes it.
     """
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    window = {}
+    window: dict[str, Any] = {}
     if sliding_window is not None:
         window = {"window_size": (sliding_window - 1, sliding_window - 1)}
-    out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, **window)
+    lengths = cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q
+    out: Any = varlen_attn(q, k, v, *lengths, **window)
     return out[None], None
 
 
 ALL_ATTENTION_FUNCTIONS.register(VARLEN, varlen_attention_forward)
 
 
-def _transformers_model(shape: Shape, attention: str, dtype: torch.dtype) -> nn.Module:
+def _transformers_model(shape: Shape, attention: str, dtype: torch.dtype) -> Any:
     common: dict[str, Any] = dict(
         vocab_size=shape.vocab,
         hidden_size=shape.dim,
@@ -288,15 +289,13 @@ def _transformers_model(shape: Shape, attention: str, dtype: torch.dtype) -> nn.
     elif shape.family == "nomic_bert":
         cls, config = NomicBertModel, NomicBertConfig(**common)
     elif shape.family == "modernbert":
-        special = {f"{name}_token_id": None for name in ("eos", "bos", "cls", "sep")}
-        cls, without_pooler = ModernBertModel, {}
-        config = ModernBertConfig(
-            **common,
-            **special,
+        common |= {f"{name}_token_id": None for name in ("eos", "bos", "cls", "sep")}
+        common |= dict(
             pad_token_id=0,
             local_attention=2 * (shape.window or 0),
             global_attn_every_n_layers=shape.global_every,
         )
+        cls, config, without_pooler = ModernBertModel, ModernBertConfig(**common), {}
     else:
         raise ValueError(f"family must be one of transformers' encoders, got {shape.family!r}")
     return cls._from_config(config, attn_implementation=attention, dtype=dtype, **without_pooler)

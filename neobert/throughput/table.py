@@ -59,6 +59,10 @@ def _rate(value: float) -> str:
     return f"{value:,.0f}" if value < 1e5 else f"{value / 1e3:,.0f}k"
 
 
+def _ms(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _cell(rows: Figures, name: str, workload: Workload, show: Callable[[Figures], str]) -> str:
     cell = rows[name]["cells"].get(workload.name)
     if cell is None:
@@ -110,7 +114,7 @@ def _ragged(rows: Figures) -> list[str]:
 
     def show(workload: Workload) -> Callable[[Figures], str]:
         if workload.kind == "short":
-            return lambda cell: f"{cell['p50_ms']:,.3g} / {cell['p90_ms']:,.3g}"
+            return lambda cell: f"{_ms(cell['p50_ms'])} / {_ms(cell['p90_ms'])}"
         return lambda cell: f"{_rate(cell['tokens_per_s'])} ({cell['padding']:.2f})"
 
     header = ["", *(TITLES[w.kind].format(f"{w.number:,}") for w in workloads)]
@@ -124,7 +128,7 @@ def _ragged(rows: Figures) -> list[str]:
 def _efficiency(rows: Figures) -> list[str]:
     lengths = columns(rows, ["fixed"])
     header = ["", *(f"TFLOP/s, MFU at {w.number:,}" for w in lengths)]
-    header += ["memory, GiB", "cold start, s", "cosine"]
+    header += ["memory, GiB", "cold start, s", "1 - cosine"]
 
     def show(cell: Figures) -> str:
         return f"{cell['flops'] / 1e12:,.3g}, {cell['mfu']:.0%}"
@@ -140,7 +144,7 @@ def _efficiency(rows: Figures) -> list[str]:
                 *(_cell(rows, name, w, show) for w in lengths),
                 f"{max(peaks) / 2**30:.1f}" if any(peaks) else "",
                 "" if cold is None else f"{cold:.1f}",
-                f"{parity['cosine']:.6f}" if parity else "",
+                f"{1 - parity['cosine']:.0e}" if parity else "",
             ]
         )
     return _table(header, body)

@@ -144,8 +144,10 @@ class Worker:
         return {"not_run": "out of memory"}
 
     def predicted(self, workload: Workload, batch: int) -> float:
-        """Seconds of a trial: a step, or three of them if they are short."""
+        """Seconds of a trial: a step, or three of them if they are short; of queries two."""
         step = self.computed_flop(workload.lengths(batch)) / self.rate
+        if workload.kind == "short":
+            return 2 * step
         return step if step > WARM_UP_SECONDS else 3 * step
 
     def steps(self, workload: Workload, batch: int) -> measure.Step:
@@ -185,7 +187,7 @@ class Worker:
             batches,
             lambda batch: self.try_batch(workload, batch, batch == batches[0]),
             lambda batch: self.predicted(workload, batch),
-            lambda: min(self.seconds_left(), 4 * self.pace.seconds),
+            lambda: min(self.seconds_left(), 2 * self.pace.seconds),
             self.pace,
         )
         best = search.best
@@ -219,7 +221,8 @@ class Worker:
             lengths = [[n] for n in workload.lengths(QUERIES)]
         inputs = [self.runner.inputs(random_ids(each, self.shape.vocab)) for each in lengths]
         steps = [partial(self.runner.run, each) for each in inputs]
-        for step in steps * 3:  # torch warms up, then captures a CUDA graph, then replays it
+        # On a GPU torch may warm up, then capture a CUDA graph, then replay it.
+        for step in steps * (3 if self.device.type == "cuda" else 1):
             step()
         taken = measure.time_calls(
             itertools.cycle(steps), self.pace.steps, self.pace.seconds, self.synchronize

@@ -80,6 +80,7 @@ class Workload:
         if self.kind == "fixed":
             return [self.number] * texts
         random = np.random.default_rng(0)
+        drawn: np.ndarray
         if self.kind == "short":
             # One of every batch has the full length: all batches of 64 are padded alike.
             drawn = random.integers(SHORTEST, QUERY + 1, texts)

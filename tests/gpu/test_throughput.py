@@ -23,7 +23,7 @@ def checkpoint(tmp_path_factory):
 @pytest.mark.no_poison
 @pytest.mark.parametrize("name", CONTESTANTS)
 def test_a_worker_measures_every_workload(name, checkpoint, monkeypatch):
-    monkeypatch.setitem(measure.PACES, "cuda", measure.Pace(8, 0.1, 2, 0.1, 1))
+    monkeypatch.setitem(measure.PACES, "cuda", measure.Pace(8, 0.1, 2, 0.1, 1, 0.02))
     request = worker.Request(
         name,
         "cuda",
