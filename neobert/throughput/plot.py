@@ -83,8 +83,7 @@ def _by_padding(axes: Any, rows: dict[str, Any]) -> None:
                 points.append((padding, ours / rate, workload.name))
         if points:
             x, y, names = zip(*sorted(points), strict=True)
-            variant = CONTESTANTS[other].variant
-            axes.plot(x, y, "o", label=f"over {CONTESTANTS[other].label} ({variant})")
+            axes.plot(x, y, "o", label=f"over {CONTESTANTS[other].label}")
             for each in zip(x, y, names, strict=True):
                 axes.annotate(
                     each[2], each[:2], fontsize=7, xytext=(4, 3), textcoords="offset points"
@@ -92,6 +91,7 @@ def _by_padding(axes: Any, rows: dict[str, Any]) -> None:
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set(xlabel="computed tokens over live tokens, padded", ylabel="times as fast")
     axes.set_ylim(bottom=0)
+    axes.margins(x=0.2)  # room for the names
     _legend(axes)
 
 

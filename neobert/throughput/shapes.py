@@ -99,7 +99,9 @@ def _contestants() -> list[Contestant]:
     return [
         replace(ours, paper=(24.5, 22.2, 20.5, 17.2, 13.0)),
         Contestant("neobert-plain", "NeoBERT, plain PyTorch", "medium", _NEOBERT, 110, "plain"),
-        Contestant("neobert-compiled", "same, torch.compile", "medium", _NEOBERT, 230, "compiled"),
+        Contestant(
+            "neobert-compiled", "NeoBERT, torch.compile", "medium", _NEOBERT, 230, "compiled"
+        ),
         Contestant("bert-base", "BERT-base", "base", _BERT, 35, paper=(27.6,)),
         Contestant("roberta-base", "RoBERTa-base", "base", _ROBERTA, 35, paper=(24.9,)),
         replace(

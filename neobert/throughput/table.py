@@ -20,14 +20,17 @@ The paper's figures, right, are of an A100, with dtype, attention and synchronis
 24.5 thousand tokens a second at length 512 are 11 TFLOP/s, under 4 % of the 312 that an A100 has in
 bfloat16: they are the speed of an implementation, not of an architecture."""
 LEGEND = """\
-Live tokens alone are counted; in brackets, at real lengths, computed tokens over live ones. On a
-GPU torch.compile answers queries by CUDA graphs (mode reduce-overhead). MFU: the FLOP that the live
-tokens need (2 per weight of a matrix product and token, 4 · dim per layer and pair of tokens that
-attend; for NeoBERT 396.4 M + 86,016 · length per token) per second, over the fastest large matrix
-product measured in the same process, torch's or ours. Memory: the process's peak, weights included.
-Cold start: from the start of the process to the first vectors, imports, weights and compiling
-included (NeoBERT reads a checkpoint, the others draw random weights). Cosine: of the worst token to
-float32 plain PyTorch on the same weights."""
+Live tokens alone are counted; in brackets, at real lengths, computed tokens over live ones.
+Lognormal: median 300, sigma 1.1; normal: mean of half the limit, deviation of an eighth; both
+clipped to the limit, texts in batches as they come. Queries have 4 to 32 tokens; on a GPU
+torch.compile answers them by CUDA graphs (mode reduce-overhead). For 8,192 tokens NeoBERT's
+max_length is raised from 4,096. MFU: the FLOP that the live tokens need (2 per weight of a matrix
+product and token, 4 · dim per layer and pair of tokens that attend; for NeoBERT 396.4 M + 86,016 ·
+length per token) per second, over the fastest large matrix product measured in the same process,
+torch's or ours. Memory: the process's peak, weights included. Cold start: from the start of the
+process to the first vectors, imports, weights and compiling included (NeoBERT reads a checkpoint,
+the others draw random weights). Cosine: of the worst token to float32 plain PyTorch on the same
+weights."""
 
 
 def markdown(document: Figures, command: str = "neobert bench") -> str:
