@@ -321,7 +321,7 @@ def _environment() -> dict[str, str]:
         "PYTHONPATH": path,
         "HF_HUB_OFFLINE": "1",
         # The largest batch must not fail for the memory's being in pieces.
-        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         # glibc keeps freed blocks: else every large tensor of a CPU model is mapped anew, and what
         # is timed is page faults, the plain models' above all.
         "MALLOC_MMAP_THRESHOLD_": str(2**30),

@@ -89,7 +89,7 @@ class Worker:
         self.synchronize()
         cold_start = time.time() - self.request.started
         self.roof = measure.matmul_rate(self.device, self.dtype)
-        self.rate = self.roof / 4  # until something has been measured
+        self.rate = self.roof / 2  # until something has been measured
         parity = self.parity()
         self.tell(
             {
