@@ -10,13 +10,14 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup demo test bench gpu budgets lint format clean
+.PHONY: help setup demo test bench table gpu budgets lint format clean
 
 help:
 	@echo "make setup   virtual environment in .venv, kernels built, package installed (editable)"
 	@echo "make demo    embed real text with a full-size NeoBERT and compare with plain PyTorch"
 	@echo "make test    all tests"
 	@echo "make bench   all benchmarks, into benchmarks/results/"
+	@echo "make table   the throughput table alone, in ten minutes, and the README's figures from it"
 	@echo "make gpu     on a machine with a CUDA GPU: its tests, then the benchmarks of ops and latency"
 	@echo "make budgets refresh the registers and shared memory that each Triton kernel may use"
 	@echo "make lint    ruff (check and format) and mypy"
@@ -40,6 +41,10 @@ test: setup
 
 bench: setup
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+table: setup
+	$(BIN)/neobert bench --plot
+	$(BIN)/python benchmarks/report.py --write
 
 OP_BENCHMARKS := $(patsubst %,benchmarks/bench_%.py,rms_norm swiglu rotary pooling cross_entropy)
 gpu: setup

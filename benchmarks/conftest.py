@@ -112,7 +112,8 @@ def pytest_sessionfinish(session):
             **bench.extra_info,
         }
         for bench in (timed.benchmarks if timed is not None else [])
-        if not bench.has_error and bench.stats.data
+        # The throughput table, many models on many workloads, has a file of its own.
+        if not bench.has_error and bench.stats.data and bench.group != "throughput"
     }
     if figures:
         print(f"\nfigures written to {write_results(figures)}")

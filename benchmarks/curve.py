@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 import yaml
-from timing import RESULTS, commit, machine
+from timing import RESULTS
 
+from neobert.machine import commit, machine
 from neobert.metrics import plot_losses, read_metrics
 
 

@@ -5,6 +5,8 @@ import re
 import sys
 from pathlib import Path
 
+from neobert.throughput import table
+
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- results:", "<!-- end of results -->"
 METHODS = {
@@ -140,11 +142,26 @@ def _in_numbers(test_and_shape: tuple[str, str]) -> tuple[str, list[int]]:
     return test, [int(number) for number in shape.split("-")]
 
 
+def throughput_section(document: dict, source: str, picture: Path) -> str:
+    """The paper's Table 10 and Figure 3 on one machine."""
+    machine = document["machine"]
+    where = machine.get("gpu") or f"{machine['cores']} cores of an {machine['cpu']}"
+    lines = [f"Encoders' throughput on {where} ({source}", ""]
+    command = "pytest benchmarks/bench_throughput.py --benchmark-only"
+    lines.append(table.markdown(document, command))
+    if picture.exists():
+        lines += ["", f"![Throughput, MFU and speed-up]({picture.relative_to(ROOT)})"]
+    return "\n".join(lines)
+
+
 def render(path: Path) -> str:
     """The Markdown between the README's markers, from one results file."""
     document = json.loads(path.read_text())
-    machine, results = document["machine"], document["results"]
+    machine = document["machine"]
     source = f"torch {machine['torch']}), from `{path.relative_to(ROOT)}`:"
+    if "throughput" in document:
+        return throughput_section(document, source, path.with_suffix(".png"))
+    results = document["results"]
     if "gpu" in machine:
         title = f"On an {machine['gpu']} (triton {machine['triton']}, {source}"
         return "\n".join([title, "", *gpu_row_op_table(results)])

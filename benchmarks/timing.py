@@ -6,12 +6,8 @@ same way beside it: a shared machine's speed drifts, and a share of the copy dri
 
 import ctypes
 import datetime
-import importlib.metadata
 import json
-import platform
-import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from neobert_kernels import _compiled
+from neobert.machine import commit, machine, machine_name
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -84,31 +80,9 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def machine() -> dict:
-    """What the figures depend on beside the code."""
-    description = {
-        "cpu": _cpu_model(),
-        "cores": torch.get_num_threads(),
-        "cpu_kernels": _compiled.LOADED,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    if torch.cuda.is_available():
-        description["gpu"] = torch.cuda.get_device_name()
-        description["cuda"] = torch.version.cuda
-        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader"]
-        description["driver, clock"] = subprocess.run(query, capture_output=True, text=True).stdout
-        description["triton"] = importlib.metadata.version("triton")
-    return description
-
-
 def results_file() -> Path:
     """benchmarks/results/<machine>.json, the machine named by its GPU or else by its CPU."""
-    here = machine()
-    name = here.get("gpu") or f"{here['cpu']} {here['cores']} cores {here['cpu_kernels'] or ''}"
-    return RESULTS / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
+    return RESULTS / f"{machine_name(machine())}.json"
 
 
 def write_results(figures: dict[str, dict]) -> Path:
@@ -124,27 +98,3 @@ def write_results(figures: dict[str, dict]) -> Path:
     document = {"machine": machine(), "results": dict(sorted(results.items()))}
     path.write_text(json.dumps(document, indent=1) + "\n")
     return path
-
-
-def _cpu_model() -> str:
-    """The CPU's name and, since clouds call several generations of AMD's by one, its family."""
-    info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.exists() else ""
-    name, family = (
-        re.search(rf"^{key}\s*:\s*(.+)$", text, re.MULTILINE)
-        for key in ("model name", "cpu family")
-    )
-    if name is None:
-        return platform.processor() or platform.machine()
-    return f"{name[1]} family {family[1]}" if family else name[1]
-
-
-def commit() -> str:
-    """The checked-out commit, with a mark if the code in the tree differs from it."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(RESULTS.parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!results")
-    return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")

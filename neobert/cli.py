@@ -1,4 +1,4 @@
-"""The `neobert` command: embed a file of texts, pre-train, and say what runs on this machine."""
+"""The `neobert` command: embed texts, pre-train, measure throughput, and say what runs here."""
 
 from __future__ import annotations
 
@@ -273,6 +273,83 @@ def encode(
             "tokens and were truncated",
             err=True,
         )
+
+
+@app.command()
+def bench(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Four models, four workloads, under three minutes.")
+    ] = False,
+    plot: Annotated[
+        bool, typer.Option("--plot", help="Also draw the table, beside the results file.")
+    ] = False,
+    models: Annotated[
+        str, typer.Option(help="Names, comma-separated: neobert,neobert-plain,bert-base, …")
+    ] = "",
+    workloads: Annotated[
+        str, typer.Option(help="Names, comma-separated: fixed-512,lognormal-1024,short-1, …")
+    ] = "",
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda.", show_default="the GPU if there is one")
+    ] = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="Of all models.", show_default="float32 on a CPU, bfloat16 on a GPU"),
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(help="Time budget.", show_default="570 on a CPU, 560 on a GPU, 160 if quick"),
+    ] = None,
+    output: Annotated[
+        Path,
+        typer.Option(file_okay=False, help="Folder of the results file; new figures join old."),
+    ] = Path("benchmarks/results"),
+    progress: Annotated[
+        bool | None, typer.Option(help="Progress bar.", show_default="on a terminal")
+    ] = None,
+) -> None:
+    """Measure the throughput table: NeoBERT and other encoders, as fast as this machine runs them.
+
+    Each model runs in a process of its own within its share of the time budget, and each finished
+    model is written to the results file at once. On a GPU the whole table takes three runs:
+    --models neobert,neobert-plain,neobert-compiled, then the four base models, then the large.
+    """
+    # Here, for the other commands need none of transformers' encoders.
+    from neobert.throughput import run as throughput
+    from neobert.throughput.plot import draw, find_plotting
+    from neobert.throughput.table import markdown
+
+    try:
+        plan = throughput.default_plan(
+            quick,
+            [name for name in models.split(",") if name],
+            [name for name in workloads.split(",") if name],
+            device,
+            dtype and dtype.value,
+            seconds,
+        )
+        if plot:
+            find_plotting()
+    except (ValueError, ImportError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(
+        f"{len(plan.contestants)} models, {len(plan.workloads)} workloads, {plan.dtype} on "
+        f"{plan.device}, at most {plan.seconds:.0f} s",
+        err=True,
+    )
+    path, document = output, {}
+
+    def write(part: dict) -> None:
+        nonlocal path, document
+        path = throughput.results_path(output, part["machine"])
+        document = throughput.write(path, part)
+        if plot:
+            draw(document, path.with_suffix(".png"))
+
+    throughput.run(plan, write, sys.stderr.isatty() if progress is None else progress)
+    typer.echo(markdown(document))
+    typer.echo(f"written to {path}", err=True)
 
 
 @app.command()

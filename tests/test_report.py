@@ -51,6 +51,19 @@ def test_cpu(report, tmp_path):
     assert "| SwiGLU | - | - | 0.75 | - |" in text
 
 
+def test_throughput(report, tmp_path):
+    machine = {"cores": 2, "cpu": "CPU", "cpu_kernels": "avx2", "torch": "2.13"}
+    cell = {"tokens_per_s": 1234.0, "flops": 5e11, "mfu": 0.5, "padding": 1.0, "batch": 2}
+    rows = {"bert-base": {"attention": "sdpa", "cells": {"fixed-512": cell}}}
+    path = tmp_path / "benchmarks/results/machine-throughput.json"
+    path.write_text(json.dumps({"machine": machine, "throughput": {"float32": rows}}))
+    text = report.render(path)
+    assert "on 2 cores of an CPU (torch 2.13), from `benchmarks/results/machine-thr" in text
+    assert "| BERT-base | sdpa | 1,234 (2) | 27.6k |" in text and "png" not in text
+    path.with_suffix(".png").write_bytes(b"")
+    assert "](benchmarks/results/machine-throughput.png)" in report.render(path)
+
+
 def test_the_readme_shows_the_results_files():
     spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks/report.py")
     module = importlib.util.module_from_spec(spec)
