@@ -64,10 +64,12 @@ def test_throughput(report, tmp_path):
     assert "](benchmarks/results/machine-throughput.png)" in report.render(path)
 
 
-def test_the_readme_shows_the_results_files():
+def test_the_readme_says_what_the_files_that_it_names_say():
     spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks/report.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     readme = (ROOT / "README.md").read_text()
-    for path in (ROOT / "benchmarks/results").glob("*.json"):
+    named = [path for path in (ROOT / "benchmarks/results").glob("*.json") if path.name in readme]
+    assert named
+    for path in named:
         assert module.render(path) in readme, "run `python benchmarks/report.py --write`"
