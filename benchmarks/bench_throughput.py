@@ -14,7 +14,7 @@ import functools
 import pytest
 from timing import RESULTS
 
-from neobert.throughput import run
+from neobert.throughput import results, run
 from neobert.throughput.plot import draw
 
 PLAN = run.default_plan()
@@ -53,8 +53,9 @@ def figures_of(request, tmp_path_factory):
         nonlocal path
         plan = run.default_plan(workloads=[w for w in PLAN.workloads if w in workloads])
         figures = run.run_contestant(plan, contestant, budget, folder)
-        path = run.results_path(RESULTS, here)
-        document = run.write(path, run.as_document(plan, here, contestant, figures))
+        path = results.results_path(RESULTS, here)
+        part = results.part_of_document(here, plan.dtype, contestant, figures, plan.seconds)
+        document = results.write(path, part)
         draw(document, path.with_suffix(".png"))
         return figures["cells"]
 

@@ -315,6 +315,7 @@ def bench(
     --models neobert,neobert-plain,neobert-compiled, then the four base models, then the large.
     """
     # Here, for the other commands need none of transformers' encoders.
+    from neobert.throughput import results
     from neobert.throughput import run as throughput
     from neobert.throughput.plot import draw, find_plotting
     from neobert.throughput.table import markdown
@@ -342,8 +343,8 @@ def bench(
 
     def write(part: dict) -> None:
         nonlocal path, document
-        path = throughput.results_path(output, part["machine"])
-        document = throughput.write(path, part)
+        path = results.results_path(output, part["machine"])
+        document = results.write(path, part)
         if plot:
             draw(document, path.with_suffix(".png"))
 

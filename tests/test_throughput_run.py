@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from neobert.cli import app
-from neobert.throughput import run, table
+from neobert.throughput import results, run, table
 from neobert.throughput.plot import draw
 from neobert.throughput.shapes import CONTESTANTS
 from tests.test_throughput import tiny
@@ -240,19 +240,17 @@ def test_the_picture(tmp_path):
 
 def part(name="bert-base", dtype="float32", **cells):
     cells = {workload.replace("_", "-"): cell for workload, cell in cells.items()}
-    return run.as_document(
-        replace(plan("bert-base"), dtype=dtype), HERE, name, {"attention": "sdpa", "cells": cells}
-    )
+    return results.part_of_document(HERE, dtype, name, {"attention": "sdpa", "cells": cells}, 60.0)
 
 
 def test_a_later_run_joins_an_earlier_one(tmp_path):
-    path = run.results_path(tmp_path / "results", HERE)
+    path = results.results_path(tmp_path / "results", HERE)
     assert path.name == "a-cpu-2-cores-avx2-throughput.json"
     late = {"not_run": "time budget"}
-    run.write(path, part(fixed_16={"tokens_per_s": 1.0}, fixed_32=late))
-    run.write(path, part(fixed_32={"tokens_per_s": 2.0}, short_1={"tokens_per_s": 3.0}))
-    run.write(path, part(fixed_16={"tokens_per_s": 4.0}, short_1=late))
-    run.write(path, part(dtype="bfloat16", fixed_16={"tokens_per_s": 5.0}))
+    results.write(path, part(fixed_16={"tokens_per_s": 1.0}, fixed_32=late))
+    results.write(path, part(fixed_32={"tokens_per_s": 2.0}, short_1={"tokens_per_s": 3.0}))
+    results.write(path, part(fixed_16={"tokens_per_s": 4.0}, short_1=late))
+    results.write(path, part(dtype="bfloat16", fixed_16={"tokens_per_s": 5.0}))
     found = json.loads(path.read_text())
     cells = found["throughput"]["float32"]["bert-base"]["cells"]
     assert {w: c.get("tokens_per_s") for w, c in cells.items()} == {
@@ -263,7 +261,7 @@ def test_a_later_run_joins_an_earlier_one(tmp_path):
     assert list(found["throughput"]) == ["float32", "bfloat16"] and found["machine"] == HERE
     assert {"commit", "date", "budget_s"} <= set(cells["fixed-16"])
     crashed = {"not_run": "crashed: x"}  # unlike lack of time, this says something of the code
-    run.write(path, part(fixed_16=crashed))
+    results.write(path, part(fixed_16=crashed))
     cells = json.loads(path.read_text())["throughput"]["float32"]["bert-base"]["cells"]
     assert cells["fixed-16"]["not_run"] == "crashed: x"
 
@@ -290,16 +288,16 @@ def test_command_line(tmp_path, monkeypatch):
                         "--device", "cpu", "--seconds", 120, "--output", tmp_path, "--plot",
                         "--progress")  # fmt: skip
     assert code == 0, said
-    (results,) = tmp_path.glob("*-throughput.json")
-    assert results.with_suffix(".png").exists()
-    rows = json.loads(results.read_text())["throughput"]["float32"]
+    (written,) = tmp_path.glob("*-throughput.json")
+    assert written.with_suffix(".png").exists()
+    rows = json.loads(written.read_text())["throughput"]["float32"]
     assert set(rows) == {"neobert", "bert-base"}
     for row in rows.values():
         assert all(cell["tokens_per_s"] > 0 for cell in row["cells"].values()), row
         assert row["cold_start_s"] > 0 and row["matmul_flops"] > 1e9
     assert rows["neobert"]["parity"]["passed"]
     assert "2 models, 2 workloads, float32 on cpu, at most 120 s" in said
-    assert "| **NeoBERT, neobert-kernels** |" in said and f"written to {results}" in said
+    assert "| **NeoBERT, neobert-kernels** |" in said and f"written to {written}" in said
     assert "4/4" in said  # of the progress bar's cells
 
 
@@ -358,8 +356,8 @@ def test_pytest_benchmark_has_the_steps_that_were_measured(tmp_path):
         assert entry["stats"]["rounds"] == 3 and entry["stats"]["median"] == pytest.approx(0.5)
         assert entry["stats"]["min"] == pytest.approx(0.25)
         assert entry["extra_info"]["tokens_per_s"] == 7.0
-    (results,) = tmp_path.glob("*-throughput.json")
-    rows = json.loads(results.read_text())["throughput"]["float32"]
+    (written,) = tmp_path.glob("*-throughput.json")
+    rows = json.loads(written.read_text())["throughput"]["float32"]
     assert set(rows) == {entry["params"]["contestant"] for entry in entries}
     assert rows["bert-base"]["cells"]["fixed-512"]["step_s"] == {
         "median": 0.5,

@@ -10,6 +10,7 @@ workloads.py  what they are given
 models.py     the models, padded or packed, and the parity gate
 measure.py    timing and the search for the best batch
 worker.py     one contestant in a process of its own
-run.py        processes, time budget, results file
+run.py        processes and time budget
+results.py    the results file
 table.py, plot.py
 """

@@ -1,18 +1,10 @@
-"""The run of a table: who, what, within which time; a worker process for each, and one document.
-
-The document, as JSON in a results file:
-    {"machine": …, "throughput": {dtype: {contestant: {"attention": …, "cells": {workload: …}}}}}
-A cell has figures, or {"not_run": why}. Each carries the commit, the day, the time budget.
-"""
+"""The run of a table: who, what, within which time, and a worker process for each."""
 
 import contextlib
-import copy
-import datetime
 import json
 import os
 import queue
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,14 +18,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from neobert.machine import ROOT, commit, machine, machine_name
+from neobert.machine import ROOT, machine
 from neobert.throughput import models
+from neobert.throughput.results import TIME_BUDGET, Figures, part_of_document
 from neobert.throughput.shapes import CONTESTANTS, Shape
 from neobert.throughput.worker import DTYPES, Request
 from neobert.throughput.workloads import Workload
 
-TIME_BUDGET = "time budget"
-Figures = dict[str, Any]
 Event = dict[str, Any]
 
 WORKER = (sys.executable, "-m", "neobert.throughput")
@@ -181,7 +172,7 @@ def run(plan: Plan, update: Callable[[Figures], object], progress: bool = True) 
                     bar.update()
 
             figures = run_contestant(plan, name, budget, Path(folder), show)
-            update(as_document(plan, here, name, figures))
+            update(part_of_document(here, plan.dtype, name, figures, plan.seconds))
 
 
 def describe_machine(device: str) -> Figures:
@@ -355,54 +346,3 @@ def _withheld(figures: Figures) -> str:
         f"withheld: cosine {parity['cosine']:.6f} to float32 plain PyTorch, whose own in this "
         f"dtype is {parity['plain_cosine']:.6f}"
     )
-
-
-def as_document(plan: Plan, here: Figures, name: str, figures: Figures) -> Figures:
-    """The part of a results file that one contestant's run is."""
-    stamp = {
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
-        "budget_s": plan.seconds,
-    }
-    cells = {w: _summary(cell) | stamp for w, cell in figures["cells"].items()}
-    return {"machine": here, "throughput": {plan.dtype: {name: figures | {"cells": cells}}}}
-
-
-def _summary(cell: Figures) -> Figures:
-    """A cell with the spread of its steps instead of each one's seconds."""
-    if "step_s" not in cell:
-        return cell
-    taken = cell["step_s"]
-    spread = {"median": statistics.median(taken), "min": min(taken), "max": max(taken)}
-    return cell | {"step_s": spread}
-
-
-def merge(document: Figures | None, part: Figures) -> Figures:
-    """`part` over an earlier document: cell by cell, so that a table may take several runs.
-
-    A cell that a later run did not get to does not replace one with figures.
-    """
-    merged = copy.deepcopy(document or {"throughput": {}}) | {"machine": part["machine"]}
-    for dtype, rows in part["throughput"].items():
-        for name, row in rows.items():
-            old = merged["throughput"].setdefault(dtype, {}).setdefault(name, {"cells": {}})
-            cells = old["cells"]
-            for workload, cell in row["cells"].items():
-                ran_before = "tokens_per_s" in cells.get(workload, {})
-                if not (cell.get("not_run") == TIME_BUDGET and ran_before):
-                    cells[workload] = cell
-            old.update({key: value for key, value in row.items() if key != "cells"})
-    return merged
-
-
-def results_path(folder: Path, here: Figures) -> Path:
-    """<folder>/<machine>-throughput.json"""
-    return folder / f"{machine_name(here)}-throughput.json"
-
-
-def write(path: Path, part: Figures) -> Figures:
-    """Merges `part` into the results file; returns the whole document."""
-    document = merge(json.loads(path.read_text()) if path.exists() else None, part)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    return document
