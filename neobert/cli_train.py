@@ -60,6 +60,7 @@ def pretrain(
     pretrain …`. SIGTERM saves a checkpoint and stops; the same command goes on from there.
     """
     try:
+        from accelerate import PartialState
         from omegaconf import OmegaConf
         from transformers.utils.logging import disable_progress_bar
 
@@ -79,7 +80,8 @@ def pretrain(
         result = run(settings)
     except (ValueError, FileNotFoundError, SaveError, RuntimeError) as error:
         raise _fail(error) from error
-    typer.echo(f"step {result.step}: loss {result.loss:.4f}, checkpoint {result.checkpoint}")
+    if PartialState().is_main_process:
+        typer.echo(f"step {result.step}: loss {result.loss:.4f}, checkpoint {result.checkpoint}")
     if result.stopped_by:
         raise typer.Exit(128 + result.stopped_by)
 

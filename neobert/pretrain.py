@@ -44,9 +44,9 @@ from neobert.optim import adamw, learning_rate
 from neobert.readers import Cut
 from neobert.recipes import PretrainConfig, load_config, save_config
 from neobert.saving import (
-    OPTIMIZER,
     check_shape,
     checkpoints,
+    has_optimizer,
     load_optimizer,
     load_progress,
     save_checkpoint,
@@ -167,7 +167,7 @@ def pretrain(config: PretrainConfig) -> Result:
         # torch renames broadcast_buffers; accelerate does not know the new name yet.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         model, optimizer = accelerator.prepare(model, optimizer)
-    if weights_from and (Path(weights_from) / OPTIMIZER).exists():
+    if weights_from and has_optimizer(weights_from):
         load_optimizer(Path(weights_from), accelerator, model, optimizer)
     model.train()
 

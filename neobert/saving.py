@@ -70,7 +70,8 @@ def save_checkpoint(
         weights = get_model_state_dict(model, options=options)
         moments = get_optimizer_state_dict(model, optimizer, options=options)
     failure: Exception | None = None
-    if accelerator.is_main_process and not final.exists():
+    write = accelerator.is_main_process and not final.exists()
+    if write:
         try:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
@@ -79,20 +80,24 @@ def save_checkpoint(
             if not deepspeed:
                 torch.save({"optimizer": moments, "random": random_states}, aside / OPTIMIZER)
             (aside / PROGRESS).write_text(json.dumps({**progress, "step": step}))
-            _flush(aside)
         except Exception as error:  # whatever safetensors, torch or the system raise on a full disk
             failure = error
     if deepspeed:  # each process writes its own part
         accelerator.wait_for_everyone()
         engine: Any = model
         engine.save_checkpoint(str(aside), tag=DEEPSPEED)
-    if accelerator.is_main_process and failure is None and not final.exists():
-        os.rename(aside, final)
-        _flush(final.parent)
-        for old in checkpoints(output)[:-keep]:
-            gone = old.with_name(f".{old.name}.removed")
-            os.rename(old, gone)  # so that no half-removed one looks whole
-            shutil.rmtree(gone)
+        accelerator.wait_for_everyone()
+    if write and failure is None:
+        try:
+            _flush(aside)
+            os.rename(aside, final)
+            _flush(final.parent)
+            for old in checkpoints(output)[:-keep]:
+                gone = old.with_name(f".{old.name}.removed")
+                os.rename(old, gone)  # so that no half-removed one looks whole
+                shutil.rmtree(gone)
+        except OSError as error:
+            failure = error
     failed = torch.tensor(int(failure is not None), device=accelerator.device)
     if accelerator.reduce(failed, "sum").item():
         shutil.rmtree(aside, ignore_errors=True)
@@ -110,9 +115,17 @@ def load_optimizer(
     """Restore what `save_checkpoint` wrote beside the weights and the progress.
 
     Random states only if there are as many processes as then. Nothing is unpickled but tensors,
-    numbers and strings.
+    numbers and strings; DeepSpeed, whose state is in its own format, unpickles anything. Raises
+    ValueError if the state is not of this engine.
     """
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    if not (folder / (DEEPSPEED if deepspeed else OPTIMIZER)).exists():
+        raise ValueError(
+            f"{folder} has no optimizer state "
+            + ("of DeepSpeed" if deepspeed else "but DeepSpeed's")
+            + ": go on with the engine that wrote it, or start_from it with its weights alone"
+        )
+    if deepspeed:
         engine: Any = model
         engine.load_checkpoint(str(folder), tag=DEEPSPEED)
         return
@@ -128,6 +141,11 @@ def load_optimizer(
         torch.set_rng_state(cpu)
         if cuda is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(cuda, accelerator.device)
+
+
+def has_optimizer(folder: str | Path) -> bool:
+    """Whether a checkpoint holds an optimizer's state: a released one does not."""
+    return any((Path(folder) / name).exists() for name in (OPTIMIZER, DEEPSPEED))
 
 
 def load_progress(folder: Path) -> dict[str, Any]:
@@ -163,8 +181,8 @@ def _gather_random_states(accelerator: Accelerator) -> list:
 
 
 def _flush(folder: Path) -> None:
-    """Wait until the files of `folder`, and their names, are on the disk."""
-    for path in [*(each for each in folder.iterdir() if each.is_file()), folder]:
+    """Wait until everything in `folder`, and its name, is on the disk."""
+    for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
