@@ -1,11 +1,10 @@
 """varlen_attention: accuracy against float64, isolation of sequences, and what it refuses."""
 
-import itertools
-
 import pytest
 import torch
 from accuracy import assert_accurate
 from isa import OLDER, run_on
+from sequences import ARGUMENTS, EDGES, assert_accurate_by_sequence, offsets, packed, plain
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -14,33 +13,8 @@ from neobert_kernels._library import ops
 from neobert_kernels.attention import reference, reference_bwd
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-EDGES = [1, 0, 63, 64, 65, 2, 0, 127, 128, 129, 511, 513, 0]
 ONE_LONG = [7, 1, 2190, 30, 3, 64, 1]  # long enough that its keys are divided in the backward pass
 ALONE = [1]
-ARGUMENTS = ("q", "k", "v")
-
-
-def offsets(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-
-
-def packed(lengths: list[int], heads: int, head_dim: int, dtype=torch.float32, beyond: int = 0):
-    """A random packed projection and dout, with `beyond` tokens that belong to no sequence."""
-    tokens = sum(lengths) + beyond
-    qkv = torch.randn(tokens, heads, 3, head_dim).to(dtype)
-    return qkv, torch.randn(tokens, heads, head_dim).to(dtype), offsets(lengths)
-
-
-def plain(qkv: Tensor, dout: Tensor, cu_seqlens: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """out, dq, dk, dv by softmax(q kᵀ / sqrt(head_dim)) v and autograd, sequence by sequence."""
-    q, k, v = (t.to(dtype, copy=True).requires_grad_() for t in qkv.unbind(2))
-    outs, bounds = [], cu_seqlens.tolist()
-    for start, end in itertools.pairwise(bounds):
-        qs, ks, vs = (t[start:end].transpose(0, 1) for t in (q, k, v))
-        p = torch.softmax(qs @ ks.transpose(1, 2) * qkv.shape[-1] ** -0.5, -1)
-        outs.append((p @ vs).transpose(0, 1))
-    out = torch.cat([*outs, torch.zeros_like(q[bounds[-1] :])])
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v), dout.to(dtype))]
 
 
 def ours(qkv: Tensor, dout: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> list[Tensor]:
@@ -55,18 +29,9 @@ def check_accuracy(lengths: list[int], heads: int, head_dim: int, dtype: torch.d
     results = ours(qkv, dout, cu_seqlens, max(lengths))
     yardsticks = plain(qkv, dout, cu_seqlens, dtype)
     truths = plain(qkv, dout, cu_seqlens, torch.float64)
-    # An error in one score is an error in all of a token's output, so a single token has too few
-    # errors to compare: the yardstick is plain PyTorch's largest error over a whole sequence, and
-    # over all the short ones together.
-    which = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    long = [i for i, length in enumerate(lengths) if length >= 32]
-    groups = {f"{lengths[i]} tokens": which == i for i in long}
-    groups["short sequences"] = ~torch.isin(which, torch.tensor(long))
     for name, *tensors in zip(("out", "dq", "dk", "dv"), results, yardsticks, truths, strict=True):
-        for group, rows in groups.items():
-            if rows.any():
-                of_group = (t[: sum(lengths)][rows].flatten() for t in tensors)
-                assert_accurate(*of_group, f"{name} of {group}, head_dim {head_dim}, {dtype}")
+        what = f"{name}, head_dim {head_dim}, {dtype}"
+        assert_accurate_by_sequence(*tensors, lengths, what)
         assert not results[0][sum(lengths) :].any()
 
 
