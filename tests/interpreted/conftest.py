@@ -5,6 +5,7 @@ of their own: tests/test_triton_interpreter.py starts it.
 
 import importlib
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,11 +27,29 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="module")
 def kernels(request):
-    """The module of launchers under test: neobert_kernels.triton.<op> for check_<op>.py."""
-    name = "neobert_kernels.triton." + Path(request.path).stem.removeprefix("check_")
+    """The module of launchers under test: neobert_kernels.triton.<op> for check_<op>.py, or, with
+    --kernels, what that file makes of it: a mutant of the module or of one that it imports from."""
+    package = "neobert_kernels.triton."
+    name = package + Path(request.path).stem.removeprefix("check_")
     module = importlib.import_module(name)
     path = request.config.getoption("--kernels")
-    return load_mutant(name, path) if path else module
+    if path is None:
+        return module
+    mutated = package + Path(path).stem
+    mutant = load_mutant(mutated, path)
+    if mutated == name:
+        return mutant
+    with pytest.MonkeyPatch.context() as patch:
+        # Of the modules between the mutant and the op, those that import from it must do so anew.
+        patch.setitem(sys.modules, mutated, mutant)
+        for between in IMPORTED_FROM.get(Path(path).stem, ()):
+            again = importlib.util.find_spec(package + between).origin
+            patch.setitem(sys.modules, package + between, load_mutant(package + between, again))
+        return load_mutant(name, module.__file__)
+
+
+# The modules without ops of their own that import from one another.
+IMPORTED_FROM = {"_varlen": ("_gradients",)}
 
 
 def load_mutant(name: str, path: str):

@@ -24,6 +24,7 @@ class Mutation(NamedTuple):
     old: str  # replaced wherever it stands in the file
     new: str
     caught_by: str
+    file: str = ""  # where it stands, if in a module that the kernel's imports from
 
 
 MUTATIONS = [
@@ -267,9 +268,10 @@ MUTATIONS = [
 
 def caught(mutation: Mutation, folder: Path) -> str:
     """The first failure of `caught_by` with the broken kernel, or "" if it passed."""
-    source = (KERNELS / f"{mutation.op}.py").read_text()
-    assert mutation.old in source, f"{mutation.op}.py no longer has {mutation.old!r}"
-    path = folder / f"{mutation.op}.py"
+    name = f"{mutation.file or mutation.op}.py"
+    source = (KERNELS / name).read_text()
+    assert mutation.old in source, f"{name} no longer has {mutation.old!r}"
+    path = folder / name
     path.write_text(source.replace(mutation.old, mutation.new))
     check = HERE / f"check_{mutation.op}.py"
     output = io.StringIO()
