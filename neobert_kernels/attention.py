@@ -46,10 +46,17 @@ def varlen_attention(
         (tokens, heads, head_dim) contiguous, in q.dtype; softmax and sums in float32.
         Differentiable in q, k and v.
 
+    What a sequence gets depends on nothing but the sequence, to the bit. The one exception is the
+    GPU's gradient of q in a sequence of more than 128 tokens (in float32, of any), whose sums are
+    in no fixed order unless `torch.use_deterministic_algorithms` asks for one.
+
     Raises:
         TypeError: a dtype that is not served.
         ValueError: shapes or devices that do not fit; on the CPU also offsets that do not fit the
-            tokens or max_seqlen. A GPU does not look at them: that would make the host wait.
+            tokens or max_seqlen, and on a GPU a head_dim other than 64 and 128. For a GPU the host
+            does not read the offsets, since it would have to wait: there a sequence of more than
+            max_seqlen tokens gets NaN, and offsets that fall or leave the tokens give anything,
+            but touch no memory outside the tensors.
     """
     check_dtype("varlen_attention", q=q, k=k, v=v)
     check_same_dtype("varlen_attention", q=q, k=k, v=v)
