@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from neobert_kernels.triton import _device
+from neobert_kernels.triton import _device, _varlen
 
 FILE = Path(__file__).parent / "budgets.json"
 # Of a multiprocessor: registers, and bytes of shared memory for all programs and for one.
@@ -39,6 +39,7 @@ def launches() -> Iterator[tuple[str, str, Callable[[], object]]]:
         import_module(f"neobert_kernels.triton.{op}")
         for op in ("rms_norm", "swiglu", "rotary", "pooling", "cross_entropy")
     )
+    yield from attention_launches()
     positions = labels = torch.zeros(4, dtype=torch.int64)
     cos = sin = torch.zeros(8, HEAD_DIM // 2)
     cu_seqlens = torch.tensor([0, 4], dtype=torch.int32)
@@ -85,6 +86,31 @@ def launches() -> Iterator[tuple[str, str, Callable[[], object]]]:
             yield "cross_entropy", name if chunk == 4 else f"{name} chunks", grads
 
 
+def attention_launches() -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """As `launches`: both head_dims, short sequences with and without long ones, both backwards."""
+    forward, bwd = (
+        import_module(f"neobert_kernels.triton.{op}") for op in ("attention", "attention_bwd")
+    )
+    tokens, cu_seqlens = 600, torch.tensor([0, 600], dtype=torch.int32)
+    lse = torch.zeros(HEADS, tokens)
+    for dtype, regimes in ((torch.bfloat16, (64, 128, 600)), (torch.float32, (600,))):
+        for head_dim in (64, 128):
+            qkv = torch.zeros(tokens, HEADS, 3, head_dim, dtype=dtype)
+            q, out = qkv.unbind(2), qkv[:, :, 0].contiguous()
+            for max_seqlen in regimes:
+                arguments = (cu_seqlens, max_seqlen, 0.125)
+                name = f"{dtype} {head_dim}, to {max_seqlen}".removeprefix("torch.")
+                yield "attention", name, lambda q=q, a=arguments: forward.varlen_attention(*q, *a)
+                for deterministic in (True, False) if max_seqlen > 128 else (True,):
+
+                    def backward(q=q, out=out, a=arguments, deterministic=deterministic):
+                        torch.use_deterministic_algorithms(deterministic)
+                        bwd.varlen_attention_bwd(out, *q, out, lse, *a)
+                        torch.use_deterministic_algorithms(False)
+
+                    yield "attention_bwd", name, backward
+
+
 def compile_all(arch: int) -> dict[str, dict[str, int]]:
     """Kernel -> its budget, on architecture `arch`. To be called once in a process."""
     _device._gpu = lambda device: (arch, 132)
@@ -100,8 +126,8 @@ def compile_all(arch: int) -> dict[str, dict[str, int]]:
     JITFunction.run = compile_instead
     budgets, seen = {}, set()
     for op, variant, start in launches():
-        module = import_module(f"neobert_kernels.triton.{op}")
-        module.check_served = lambda *args, **tensors: None  # it refuses CPU tensors
+        for module in (import_module(f"neobert_kernels.triton.{op}"), _varlen):
+            module.check_served = lambda *args, **tensors: None  # it refuses CPU tensors
         start()
         for name, kernel in compiled:
             if kernel.hash not in seen:

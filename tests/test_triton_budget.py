@@ -42,6 +42,18 @@ def test_no_kernel_spills(measured):
     assert not spilled
 
 
+def test_no_kernel_is_empty(measured):
+    """Triton 3.6 compiles a product whose accumulators do not fit sm_100's tensor memory, without
+    a word, to a kernel that does nothing."""
+    empty = [
+        f"{arch} {name}"
+        for arch, kernels in measured["kernels"].items()
+        for name, budget in kernels.items()
+        if budget["registers"] < 16
+    ]
+    assert not empty
+
+
 def _programs(arch: int, name: str, float32: bool) -> int:
     """How many programs of a kernel its tile table promises to a multiprocessor."""
     products = cross_entropy.PRODUCTS_FLOAT32 if float32 else cross_entropy.PRODUCTS[arch]
