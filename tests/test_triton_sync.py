@@ -25,7 +25,16 @@ import neobert.model
 import neobert_kernels
 from neobert import NeoBERT, NeoBERTForSequenceClassification, NeoBERTLMHead
 from neobert_kernels import pool
-from neobert_kernels.triton import _device, cross_entropy, pooling, rms_norm, rotary, swiglu
+from neobert_kernels.triton import (
+    _device,
+    attention,
+    attention_bwd,
+    cross_entropy,
+    pooling,
+    rms_norm,
+    rotary,
+    swiglu,
+)
 from tests.checkpoints import small_config
 
 linear = sys.modules["neobert_kernels.linear"]  # the package's `linear` is the function
@@ -37,6 +46,8 @@ LAUNCHERS = {
         (swiglu, ("swiglu", "swiglu_bwd")),
         (rotary, ("rotary", "rotary_qkv_")),
         (pooling, ("pool", "pool_bwd")),
+        (attention, ("varlen_attention",)),
+        (attention_bwd, ("varlen_attention_bwd",)),
         (cross_entropy, ("linear_cross_entropy", "linear_cross_entropy_grads")),
     )
     for name in names
@@ -90,7 +101,9 @@ def no_values(monkeypatch):
     for name in ("tensor", "as_tensor", "from_numpy"):
         monkeypatch.setattr(torch, name, upload)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # it knows no "meta"
-    torch.use_deterministic_algorithms(False)  # there is no memory to fill with NaN
+    torch.use_deterministic_algorithms(False)
+    # There is no memory to fill with NaN.
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     with torch.device("meta"), _Launchers() as mode:
         yield mode
 
@@ -119,6 +132,13 @@ def run_ops():
     cu_seqlens = empty(9, dtype=torch.int32)
     for mode in ("mean", "cls"):
         backward(neobert_kernels.pool(x, cu_seqlens, mode))
+    q, k, v = (empty(tokens, 12, 64, grad=True) for _ in range(3))
+    for max_seqlen in (64, 128, 4096):  # each regime, and both ways to sum dq
+        backward(neobert_kernels.varlen_attention(q, k, v, cu_seqlens, max_seqlen))
+        torch.use_deterministic_algorithms(True)
+        qkv = empty(tokens, 12, 3, 64, grad=True)
+        backward(neobert_kernels.varlen_attention_qkv(qkv, cu_seqlens, max_seqlen))
+        torch.use_deterministic_algorithms(False)
     head = (empty(vocab, dim, grad=True), empty(vocab, grad=True), empty(tokens, dtype=torch.int64))
     backward(neobert_kernels.linear_cross_entropy(x, *head))
     with torch.no_grad():
