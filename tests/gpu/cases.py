@@ -66,6 +66,16 @@ def plain_loss(hidden, weight, bias, labels):
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
 
 
+def plain_attention(q, k, v, lengths):
+    """softmax(q kᵀ / sqrt(head_dim)) v of each sequence, rounded as PyTorch does at each step."""
+    outs = []
+    for qs, ks, vs in zip(*(t.split(lengths) for t in (q, k, v)), strict=True):
+        qs, ks, vs = (t.transpose(0, 1) for t in (qs, ks, vs))
+        weights = torch.softmax(qs @ ks.transpose(1, 2) * q.shape[-1] ** -0.5, -1)
+        outs.append((weights @ vs).transpose(0, 1))
+    return torch.cat(outs)
+
+
 def make(dtype: torch.dtype, lengths: list[int], device: str) -> dict[str, Case]:
     """The cases, by name. Residual streams are float32; the norm's gain and the head's tensors
     are of the dtype under test."""
@@ -103,6 +113,17 @@ def make(dtype: torch.dtype, lengths: list[int], device: str) -> dict[str, Case]
             (x, randn(VOCAB, DIM, scale=DIM**-0.5), randn(VOCAB, scale=0.1)),
         ),
     }
+    attention = (cu_seqlens, max(lengths))
+    cases["attention"] = Case(
+        lambda q, k, v: neobert_kernels.varlen_attention(q, k, v, *attention),
+        lambda q, k, v: plain_attention(q, k, v, lengths),
+        tuple(randn(tokens, HEADS, HEAD_DIM) for _ in range(3)),
+    )
+    cases["attention_qkv"] = Case(
+        lambda qkv: neobert_kernels.varlen_attention_qkv(qkv, *attention),
+        lambda qkv: plain_attention(*qkv.unbind(2), lengths),
+        (randn(tokens, HEADS, 3, HEAD_DIM),),
+    )
     for mode in ("mean", "cls"):
         cases[f"pool_{mode}"] = Case(
             lambda h, mode=mode: neobert_kernels.pool(h, cu_seqlens, mode),
@@ -128,10 +149,12 @@ def run(fn: Callable, inputs: tuple[Tensor, ...], wide: bool = False) -> list[Te
 
 
 def run_all() -> None:
-    for dtype in (torch.bfloat16, torch.float32):
-        for name, case in make(dtype, [1, 0, 65, 7], "cuda").items():
-            run(case.ours, case.inputs)
-            print(name, dtype)
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        for dtype in (torch.bfloat16, torch.float32):
+            for name, case in make(dtype, [1, 0, 65, 7, 150], "cuda").items():
+                run(case.ours, case.inputs)
+                print(name, dtype)
     torch.cuda.synchronize()
 
 
