@@ -6,12 +6,13 @@ LOG.md, so that everyone runs the same kernels from the first call.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import triton
 
-from . import cross_entropy, pooling, rms_norm, rotary, swiglu
+from . import _varlen, attention, attention_bwd, cross_entropy, pooling, rms_norm, rotary, swiglu
 from ._device import architecture
 
 TOKENS, DIM, HEADS, HEAD_DIM, WIDTH, VOCAB = 32768, 768, 12, 64, 2048, 30522
@@ -83,6 +84,7 @@ def candidates() -> Iterator[Candidate]:
         blocks,
         lambda: pooling.pool_bwd(pooled, cu_seqlens, TOKENS, True, x.dtype),
     )
+    yield from attention_candidates(arch)
     head = torch.randn(VOCAB, DIM, dtype=torch.bfloat16, device="cuda") / DIM**0.5
     labels = torch.randint(VOCAB, (TOKENS,), device="cuda")
     labels[torch.rand(TOKENS, device="cuda") > MASKED] = -100
@@ -104,6 +106,60 @@ def candidates() -> Iterator[Candidate]:
         )
 
 
+def attention_candidates(arch: int) -> Iterator[Candidate]:
+    """Of forward and backward, for sequences of 512 and of 64 tokens."""
+    qkv = torch.randn(TOKENS, HEADS, 3, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+    q, k, v = qkv.unbind(2)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would be timed, too
+    shapes = [{"num_warps": w, "num_stages": s} for w in (4, 8) for s in (1, 2, 3, 4)]
+    for length in (512, 64):
+        cu_seqlens = torch.arange(0, TOKENS + 1, length, dtype=torch.int32, device="cuda")
+        arguments = (cu_seqlens, length, HEAD_DIM**-0.5)
+        out, lse = attention.varlen_attention(q, k, v, *arguments)
+
+        def forward(arguments=arguments):
+            return attention.varlen_attention(q, k, v, *arguments)
+
+        def backward(deterministic=False, out=out, lse=lse, arguments=arguments):
+            torch.use_deterministic_algorithms(deterministic)
+            attention_bwd.varlen_attention_bwd(out, q, k, v, out, lse, *arguments)
+            torch.use_deterministic_algorithms(False)
+
+        name = f"{length} tokens each"
+        if length <= _varlen.SHORT:
+            tiles = [{"BLOCK_M": m} | shape for m in (32, 64) for shape in shapes]
+            yield Candidate(
+                f"varlen_attention, {name}", attention.SHORT_TILES, arch, tiles, forward
+            )
+            tiles = [{"STEP": step} | shape for step in (16, 32, 64) for shape in shapes]
+            table = attention_bwd.SHORT_TILES[arch]
+            yield Candidate(f"varlen_attention_bwd, {name}", table, HEAD_DIM, tiles, backward)
+            continue
+        tiles = [
+            {"BLOCK_M": m, "BLOCK_N": n} | shape
+            for m in (64, 128)
+            for n in (32, 64, 128)
+            for shape in shapes
+        ]
+        table = attention.LONG[arch]
+        yield Candidate(f"varlen_attention, {name}", table, HEAD_DIM, tiles, forward)
+        table = attention_bwd.LONG[arch]
+        for kernel, deterministic in (("keys", False), ("keys", True), ("queries", True)):
+            order = "one order" if deterministic else "atomics"
+            yield Candidate(
+                f"varlen_attention_bwd, {name}, {kernel}, {order}",
+                table,
+                HEAD_DIM,
+                [
+                    table[HEAD_DIM] | {"ROWS": rows, kernel: {"STEP": step} | shape}
+                    for rows in (64, 128)
+                    for step in (32, 64, 128)
+                    for shape in shapes
+                ],
+                partial(backward, deterministic),
+            )
+
+
 def measure(candidate: Candidate) -> list[tuple[float, dict]]:
     """(milliseconds, tile) of the shipped tile and the others, from the fastest on; infinite for a
     tile that needs more than the GPU has."""
@@ -114,6 +170,10 @@ def measure(candidate: Candidate) -> list[tuple[float, dict]]:
             found.append((triton.testing.do_bench(candidate.call), tile))
         except triton.runtime.errors.OutOfResources:
             found.append((float("inf"), tile))
+        except RuntimeError as error:
+            if "PassManager" not in str(error):
+                raise
+            found.append((float("inf"), tile))  # Triton cannot compile it
     candidate.table[candidate.key] = shipped
     return sorted(found, key=lambda each: each[0])
 
