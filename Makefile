@@ -46,7 +46,8 @@ table: setup
 	$(BIN)/neobert bench --plot
 	$(BIN)/python benchmarks/report.py --write
 
-OP_BENCHMARKS := $(patsubst %,benchmarks/bench_%.py,rms_norm swiglu rotary pooling cross_entropy)
+GPU_OPS := rms_norm swiglu rotary pooling cross_entropy attention
+OP_BENCHMARKS := $(patsubst %,benchmarks/bench_%.py,$(GPU_OPS))
 gpu: setup
 	$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('no CUDA GPU')"
 	$(BIN)/python -m neobert_kernels
@@ -54,6 +55,7 @@ gpu: setup
 	$(BIN)/python -m pytest $(OP_BENCHMARKS) --benchmark-only
 	$(BIN)/python -m pytest benchmarks/bench_host_cost.py benchmarks/bench_latency.py \
 		-k "not test_compiled" --benchmark-only
+	$(BIN)/python benchmarks/plot_attention.py
 	$(BIN)/python benchmarks/report.py
 
 budgets: setup
