@@ -1,5 +1,6 @@
 // Rotary position embedding on adjacent pairs, into a new tensor and in place on packed q, k, v.
 #include "kernel.h"
+#include "pair.h"
 
 namespace neobert {
 namespace {
@@ -7,44 +8,73 @@ namespace {
 struct Table {
   const float *cos, *sin;  // (max_position, half)
   int64_t max_position, half;
-  bool inverse;
 };
 
-// One token's cos and sin, each twice, for the two lanes of its pair; the inverse negates sin.
-class Rotation {
+// Turns the kWidth adjacent pairs (x0, x1) of a Pair into (x0 cos - x1 sin, x1 cos + x0 sin).
+template <bool kSplit>
+class Turn;
+
+template <>
+class Turn<true> {  // x0 and x1 are lanes of two vectors
  public:
-  explicit Rotation(const Table& table)
-      : table_(table), cos_(2 * table.half + kWidth), sin_(2 * table.half + kWidth) {}
-
-  void set(int64_t position) {
-    const float* cos = table_.cos + position * table_.half;
-    const float* sin = table_.sin + position * table_.half;
-    const float sign = table_.inverse ? -1.0f : 1.0f;
-    int64_t i = 0;
-    for (; i + kWidth / 2 <= table_.half; i += kWidth / 2) {
-      store(cos_.data() + 2 * i, load_twice(cos + i));
-      store(sin_.data() + 2 * i, load_twice(sin + i) * set1(sign));
-    }
-    for (; i < table_.half; ++i) {
-      cos_[2 * i] = cos_[2 * i + 1] = cos[i];
-      sin_[2 * i] = sin_[2 * i + 1] = sign * sin[i];
-    }
-  }
-
-  // y = (x0 cos - x1 sin, x1 cos + x0 sin) for every pair; x may be y.
-  template <bool kStream, class T>
-  void apply(const T* x, T* y) const {
-    for_vectors<4>(2 * table_.half, [&](int64_t i, int, auto lanes) {
-      const Vec v = load(x + i, lanes);
-      const Vec crossed = swap_pairs(v) * load(sin_.data() + i);
-      store<kStream>(y + i, fmaddsub(v, load(cos_.data() + i), crossed), lanes);
-    });
+  Turn(Vec cos, Vec sin) : cos_(cos), sin_(sin) {}
+  Pair operator()(Pair x) const {
+    return {fnmadd(x.b, sin_, x.a * cos_), fmadd(x.a, sin_, x.b * cos_)};
   }
 
  private:
-  const Table& table_;
-  std::vector<float> cos_, sin_;
+  Vec cos_, sin_;
 };
+
+template <>
+class Turn<false> {  // x0 and x1 are neighbours in one vector
+ public:
+  Turn(Vec cos, Vec sin)
+      : cos_{first_twice(cos), second_twice(cos)}, sin_{first_twice(sin), second_twice(sin)} {}
+  Pair operator()(Pair x) const {
+    return {fmaddsub(x.a, cos_.a, swap_pairs(x.a) * sin_.a),
+            fmaddsub(x.b, cos_.b, swap_pairs(x.b) * sin_.b)};
+  }
+
+ private:
+  Pair cos_, sin_;
+};
+
+Whole half_of(Whole) { return {}; }
+Lanes half_of(Lanes lanes) { return {lanes.n / 2}; }
+
+// Where a token's heads lie, in elements.
+struct Layout {
+  int64_t heads, head_dim, x_stride, y_stride;
+};
+
+// Rotates kParts neighbours of head_dim elements in every head of a token; y may be x. cos and sin
+// stay in registers from head to head. `ahead` is asked for, elements from what is being read.
+template <int kParts, bool kStream, class T>
+void rotate(const T* x, T* y, Layout layout, const float* cos, const float* sin, bool inverse,
+            int64_t ahead) {
+  constexpr bool kSplit = kSplits<T>;
+  const auto [heads, head_dim, x_stride, y_stride] = layout;
+  const Vec sign = set1(inverse ? -1.0f : 1.0f);
+  for_pairs<2>(head_dim, [&](int64_t i, auto pairs, auto lanes) {
+    auto turn_at = [&](int64_t at) {
+      return Turn<kSplit>(load(cos + at / 2, half_of(lanes)),
+                          load(sin + at / 2, half_of(lanes)) * sign);
+    };
+    const Turn<kSplit> turns[] = {turn_at(i), turn_at(i + (pairs.value - 1) * kPair)};
+    const T* from = x + i;
+    T* to = y + i;
+    for (int64_t h = 0; h < heads; ++h, from += x_stride, to += y_stride) {
+#pragma GCC unroll 4
+      for (int u = 0; u < kParts * pairs.value; ++u) {
+        const int64_t at = u / pairs.value * head_dim + u % pairs.value * kPair;
+        if constexpr (kParts > 1) prefetch_pairs(from + at + ahead);
+        const Pair turned = turns[u % pairs.value](load_pair<kSplit>(from + at, lanes));
+        store_pair<kSplit, kStream>(to + at, turned, lanes);
+      }
+    }
+  });
+}
 
 // Before anything is written. 8,192 positions take about a microsecond.
 template <class P>
@@ -59,7 +89,7 @@ void check_positions(const char* op, const P* positions, int64_t tokens, int64_t
                              bad - positions);
 }
 
-// Calls f(rotation, t) on every token, its rotation set.
+// Calls f(t, cos, sin) for every token t, with its position's rows of the table.
 template <class F>
 void for_tokens(const char* op, const Tensor& positions, const Table& table, int64_t token_bytes,
                 F&& f) {
@@ -67,11 +97,8 @@ void for_tokens(const char* op, const Tensor& positions, const Table& table, int
     const int64_t tokens = positions.numel();
     check_positions(op, p, tokens, table.max_position);
     parallel(tokens, token_bytes, [&](int64_t begin, int64_t end) {
-      Rotation rotation(table);
-      for (int64_t t = begin; t < end; ++t) {
-        rotation.set(p[t]);
-        f(rotation, t);
-      }
+      for (int64_t t = begin; t < end; ++t)
+        f(t, table.cos + p[t] * table.half, table.sin + p[t] * table.half);
       _mm_sfence();
     });
   };
@@ -84,14 +111,14 @@ void for_tokens(const char* op, const Tensor& positions, const Table& table, int
 }
 
 Table table_of(const char* op, const Tensor& x, const Tensor& cos, const Tensor& sin,
-               const Tensor& positions, bool inverse) {
+               const Tensor& positions) {
   const int64_t head_dim = x.size(-1);
   require(cos.dim() == 2 && same_shape(cos, sin) && 2 * cos.size(1) == head_dim &&
               cos.scalar_type() == ScalarType::Float && sin.scalar_type() == ScalarType::Float,
           op, "cos and sin must be float32 with shape (max_position, head_dim / 2)");
   require(positions.dim() == 1 && positions.size(0) == x.size(0), op,
           "positions must have shape (tokens,)");
-  return {data<float>(cos), data<float>(sin), cos.size(0), cos.size(1), inverse};
+  return {data<float>(cos), data<float>(sin), cos.size(0), cos.size(1)};
 }
 
 Tensor rotary(const Tensor& x_, const Tensor& cos_, const Tensor& sin_, const Tensor& positions_,
@@ -100,20 +127,20 @@ Tensor rotary(const Tensor& x_, const Tensor& cos_, const Tensor& sin_, const Te
   const Tensor x = x_.stride(2) == 1 ? x_ : torch::stable::contiguous(x_);
   const Tensor cos = as_contiguous(cos_), sin = as_contiguous(sin_);
   const Tensor positions = as_contiguous(positions_);
-  const Table table = table_of("apply_rotary", x, cos, sin, positions, inverse);
+  const Table table = table_of("apply_rotary", x, cos, sin, positions);
   const int64_t tokens = x.size(0), heads = x.size(1), head_dim = x.size(2);
   Tensor y = torch::stable::empty(x.sizes(), x.scalar_type());
   dispatch("apply_rotary", "x", x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const T* in = data<T>(x);
     T* out = data<T>(y);
-    const int64_t token_stride = x.stride(0), head_stride = x.stride(1);
+    const int64_t token_stride = x.stride(0);
+    const Layout layout{heads, head_dim, x.stride(1), head_dim};
     choose(worth_streaming(tokens * heads, head_dim, out), [&](auto stream) {
       for_tokens("apply_rotary", positions, table, 2 * heads * head_dim * sizeof(T),
-                 [&](const Rotation& rotation, int64_t t) {
-                   for (int64_t h = 0; h < heads; ++h)
-                     rotation.template apply<stream.value>(in + t * token_stride + h * head_stride,
-                                                           out + (t * heads + h) * head_dim);
+                 [&](int64_t t, const float* cos_t, const float* sin_t) {
+                   rotate<1, stream.value>(in + t * token_stride, out + t * heads * head_dim,
+                                           layout, cos_t, sin_t, inverse, 0);
                  });
     });
   });
@@ -126,18 +153,18 @@ void rotary_qkv_(Tensor qkv, const Tensor& cos_, const Tensor& sin_, const Tenso
           "qkv must be contiguous with shape (tokens, heads, 3, head_dim)");
   const Tensor cos = as_contiguous(cos_), sin = as_contiguous(sin_);
   const Tensor positions = as_contiguous(positions_);
-  const Table table = table_of("apply_rotary_qkv_", qkv, cos, sin, positions, inverse);
+  const Table table = table_of("apply_rotary_qkv_", qkv, cos, sin, positions);
   const int64_t heads = qkv.size(1), head_dim = qkv.size(3);
   dispatch("apply_rotary_qkv_", "qkv", qkv, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     T* base = data<T>(qkv);
+    const Layout layout{heads, head_dim, 3 * head_dim, 3 * head_dim};
+    // Every third piece is left out, at which the hardware's own prefetching loses its way.
+    const int64_t ahead = 2 * heads * 3 * head_dim;
     for_tokens("apply_rotary_qkv_", positions, table, 4 * heads * head_dim * sizeof(T),
-               [&](const Rotation& rotation, int64_t t) {
-                 for (int64_t h = 0; h < heads; ++h) {
-                   T* q = base + (t * heads + h) * 3 * head_dim;
-                   rotation.template apply<false>(q, q);
-                   rotation.template apply<false>(q + head_dim, q + head_dim);
-                 }
+               [&](int64_t t, const float* cos_t, const float* sin_t) {
+                 T* token = base + t * heads * 3 * head_dim;
+                 rotate<2, false>(token, token, layout, cos_t, sin_t, inverse, ahead);
                });
   });
 }

@@ -7,11 +7,12 @@
 namespace neobert {
 
 // e = e^-|g|, which does not overflow, so that nothing below is lost to a difference from 1 or to
-// an infinity: sigmoid(g) is 1 / (1 + e) or e / (1 + e), by the sign of g.
+// an infinity: sigmoid(g) is 1 / (1 + e) or e / (1 + e), by the sign of g. It is 0 from 104 on, and
+// for NaN a number: NaN comes back with the factor g.
 template <int U>
 inline __attribute__((always_inline)) void exp_minus_abs(const Vec (&g)[U], Vec (&e)[U]) {
-  for (int u = 0; u < U; ++u) e[u] = with_minus_sign(g[u]);
-  exp(e);
+  for (int u = 0; u < U; ++u) e[u] = minus_abs(g[u], 104.0f);
+  exp_in_range(e);
 }
 
 // The division is cheaper than an estimated reciprocal refined in two multiply-adds, since its unit
@@ -22,7 +23,7 @@ inline __attribute__((always_inline)) void silu_times(const Vec (&g)[U], const V
   Vec e[U];
   exp_minus_abs(g, e);
   for (int u = 0; u < U; ++u)
-    y[u] = g[u] * if_negative(g[u], e[u], set1(1.0f)) * up[u] / (e[u] + set1(1.0f));
+    y[u] = scale_negative(g[u], e[u]) * up[u] / (e[u] + set1(1.0f));
 }
 
 }  // namespace neobert

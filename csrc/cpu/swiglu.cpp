@@ -1,5 +1,6 @@
 // SwiGLU: silu(gate) * up over the two halves of a row, and its backward. Elements are independent.
 #include "kernel.h"
+#include "pair.h"
 #include "sigmoid.h"
 
 namespace neobert {
@@ -9,37 +10,40 @@ namespace {
 // prefetching starts over at every page.
 template <bool kStream, class T>
 void forward_row(const T* gate, const T* up, T* y, int64_t width) {
-  for_groups<4>(width, [&](int64_t i, auto count, auto lanes) {
-    constexpr int U = count.value;
+  for_pairs<2>(width, [&](int64_t i, auto pairs, auto lanes) {
+    constexpr int U = 2 * pairs.value;
     Vec g[U], v[U], y_of[U];
-    for (int u = 0; u < U; ++u) g[u] = load(gate + i + u * kWidth, lanes);
-    for (int u = 0; u < U; ++u) v[u] = load(up + i + u * kWidth, lanes);
-    prefetch<U>(gate + i + 2 * width);
-    prefetch<U>(up + i + 2 * width);
+    load_pairs(gate + i, g, lanes);
+    load_pairs(up + i, v, lanes);
+    prefetch_pairs<pairs.value>(gate + i + 2 * width);
+    prefetch_pairs<pairs.value>(up + i + 2 * width);
     silu_times(g, v, y_of);
-    for (int u = 0; u < U; ++u) store<kStream>(y + i + u * kWidth, y_of[u], lanes);
+    store_pairs<kStream>(y + i, y_of, lanes);
   });
 }
 
 // d silu(g) / dg = s + g s (1 - s), with s = sigmoid(g).
 template <bool kStream, class T>
 void backward_row(const T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t width) {
-  for_groups<4>(width, [&](int64_t i, auto count, auto lanes) {
-    constexpr int U = count.value;
-    Vec g[U], e[U];
-    for (int u = 0; u < U; ++u) g[u] = load(gate + i + u * kWidth, lanes);
-    prefetch<U>(dy + i + width);
-    prefetch<U>(gate + i + 2 * width);
-    prefetch<U>(up + i + 2 * width);
+  for_pairs<2>(width, [&](int64_t i, auto pairs, auto lanes) {
+    constexpr int U = 2 * pairs.value;
+    Vec g[U], e[U], d[U], v[U];
+    load_pairs(gate + i, g, lanes);
+    load_pairs(dy + i, d, lanes);
+    load_pairs(up + i, v, lanes);
+    prefetch_pairs<pairs.value>(dy + i + width);
+    prefetch_pairs<pairs.value>(gate + i + 2 * width);
+    prefetch_pairs<pairs.value>(up + i + 2 * width);
     exp_minus_abs(g, e);
     for (int u = 0; u < U; ++u) {
-      const int64_t at = i + u * kWidth;
       const Vec large = set1(1.0f) / (e[u] + set1(1.0f)), small = e[u] * large;
       const Vec s = if_negative(g[u], small, large), rest = if_negative(g[u], large, small);
-      const Vec d = load(dy + at, lanes), silu = g[u] * s;
-      store<kStream>(dup + at, d * silu, lanes);
-      store<kStream>(dgate + at, d * load(up + at, lanes) * fmadd(silu, rest, s), lanes);
+      const Vec silu = g[u] * s;
+      v[u] = d[u] * v[u] * fmadd(silu, rest, s);
+      d[u] = d[u] * silu;
     }
+    store_pairs<kStream>(dup + i, d, lanes);
+    store_pairs<kStream>(dgate + i, v, lanes);
   });
 }
 
