@@ -110,7 +110,8 @@ def attention_candidates(arch: int) -> Iterator[Candidate]:
     """Of forward and backward, for sequences of 512 and of 64 tokens."""
     qkv = torch.randn(TOKENS, HEADS, 3, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
     q, k, v = qkv.unbind(2)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it would be timed, too
+    # Filling would be timed, too.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     shapes = [{"num_warps": w, "num_stages": s} for w in (4, 8) for s in (1, 2, 3, 4)]
     for length in (512, 64):
         cu_seqlens = torch.arange(0, TOKENS + 1, length, dtype=torch.int32, device="cuda")
