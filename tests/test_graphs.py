@@ -1,6 +1,6 @@
 """neobert.graphs on any machine: buckets, what is copied into them and out of them, threads, and
 when graphs are made anew. In the place of a CUDA graph stands a rerun of the function on the
-graph's own input; tests/gpu/test_graphs.py has the real ones."""
+graph's own input; tests/gpu/test_cuda_graphs.py has the real ones."""
 
 import contextlib
 import logging
