@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import DIM, DTYPES, ROW_OP, WITH_LIGER, backward, choose
+from compare import DIM, DTYPES, ROW_OP, WITH_LIGER, WITH_XFORMERS, backward, choose
 
 from neobert_kernels import add_rms_norm, rms_norm
 
@@ -23,6 +23,12 @@ def liger():
     return lambda x, weight: LigerRMSNormFunction.apply(x, weight, 1e-5)
 
 
+def xformers():
+    from xformers.ops import rms_norm as fused
+
+    return lambda x, weight: fused(x, weight, 1e-5)
+
+
 @pytest.fixture
 def inputs(dtype, tokens):
     x, residual = torch.randn(2, tokens, DIM).to(dtype)
@@ -30,10 +36,10 @@ def inputs(dtype, tokens):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("implementation", WITH_LIGER)
+@pytest.mark.parametrize("implementation", WITH_XFORMERS)
 def test_rms_norm(measure, implementation, inputs):
     x, _, weight = inputs
-    fn = choose(implementation, rms_norm, plain, liger)
+    fn = choose(implementation, rms_norm, plain, liger=liger, xformers=xformers)
     with torch.inference_mode():
         measure(lambda: fn(x, weight), moved_bytes=2 * x.nbytes)
 
@@ -51,5 +57,5 @@ def test_add_rms_norm(measure, implementation, inputs):
 @pytest.mark.parametrize("implementation", WITH_LIGER)
 def test_rms_norm_backward(measure, implementation, inputs):
     x, _, weight = inputs
-    fn = choose(implementation, rms_norm, plain, liger)
+    fn = choose(implementation, rms_norm, plain, liger=liger)
     measure(backward(fn, x, weight), moved_bytes=3 * x.nbytes)

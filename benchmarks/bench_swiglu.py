@@ -23,7 +23,7 @@ def liger():
 @pytest.mark.parametrize("implementation", WITH_LIGER)
 def test_swiglu(measure, implementation, dtype, tokens):
     gate_up = torch.randn(tokens, 2 * WIDTH).to(dtype)
-    fn = choose(implementation, swiglu, plain, liger)
+    fn = choose(implementation, swiglu, plain, liger=liger)
     with torch.inference_mode():
         measure(lambda: fn(gate_up), moved_bytes=gate_up.nbytes * 3 // 2)
 
@@ -32,5 +32,5 @@ def test_swiglu(measure, implementation, dtype, tokens):
 @pytest.mark.parametrize("implementation", WITH_LIGER)
 def test_swiglu_backward(measure, implementation, dtype, tokens):
     gate_up = torch.randn(tokens, 2 * WIDTH).to(dtype)
-    fn = choose(implementation, swiglu, plain, liger)
+    fn = choose(implementation, swiglu, plain, liger=liger)
     measure(backward(fn, gate_up), moved_bytes=gate_up.nbytes * 5 // 2)

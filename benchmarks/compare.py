@@ -1,5 +1,6 @@
 """The ways to run an op that every op's benchmark compares: ours, plain PyTorch, compiled, and on a
-GPU Liger's kernel where it is installed, and our Triton kernel where a CUDA C++ one serves."""
+GPU Liger's and xformers' kernels where they are installed, and our Triton kernel where a CUDA C++
+one serves."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,18 +18,21 @@ DIM, HEADS, HEAD_DIM, WIDTH = 768, 12, 64, 2048
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS = (64, 1024, 8192, 32768, 131072) if DEVICE == "cuda" else (8192,)
 HAS_LIGER = DEVICE == "cuda" and find_spec("liger_kernel") is not None
+HAS_XFORMERS = DEVICE == "cuda" and find_spec("xformers") is not None
 # Of the ops that have a CUDA C++ kernel, and of those of them that Liger has.
 ROW_OP = (*IMPLEMENTATIONS, "triton") if _compiled.CUDA_LOADED else IMPLEMENTATIONS
 WITH_LIGER = (*ROW_OP, "liger") if HAS_LIGER else ROW_OP
+# Of the one of those that xformers has too, forward only.
+WITH_XFORMERS = (*WITH_LIGER, "xformers") if HAS_XFORMERS else WITH_LIGER
 
 
 def choose(
-    name: str, ours: Callable, plain: Callable, liger: Callable[[], Callable] | None = None
+    name: str, ours: Callable, plain: Callable, **others: Callable[[], Callable]
 ) -> Callable:
     """The implementation called `name`: our op (also for "triton", see `serving`), plain PyTorch,
-    plain PyTorch compiled, or what `liger` imports."""
-    if name == "liger" and liger is not None:
-        return liger()
+    plain PyTorch compiled, or what one of the others imports."""
+    if name in others:
+        return others[name]()
     if name == "compiled":
         torch._dynamo.reset()
         return torch.compile(plain)
