@@ -1,4 +1,5 @@
-"""csrc/cpu/simd.h by itself: the exponential and the 16-bit conversions, over all of float32."""
+"""csrc/cpu/simd.h and pair.h by themselves: the exponential and the 16-bit conversions, over all of
+float32."""
 
 import ctypes
 import os
@@ -11,18 +12,32 @@ import pytest
 import torch
 from torch.utils.cpp_extension import include_paths
 
-HEADER = Path(__file__).parent.parent / "csrc/cpu/simd.h"
+CPU = Path(__file__).parent.parent / "csrc/cpu"
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 ISAS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
 SOURCE = f"""
-#include "{HEADER}"
+#include "{CPU}/pair.h"
+#include <algorithm>
 using namespace neobert;
 template <class T> void round_trip(const float* x, T* y, float* back, long n) {{
   for_vectors(n, [&](int64_t i, int, auto lanes) {{
     store(y + i, load(x + i, lanes), lanes);
     store(back + i, load(y + i, lanes), lanes);
+  }});
+}}
+template <bool kSplit, class T> void round_trip_pairs(const float* x, T* y, float* back, long n) {{
+  for_pairs(n, [&](int64_t i, auto, auto lanes) {{
+    const long count = std::min<long>(kPair, n - i);
+    float ordered[kPair] = {{}}, seen[kPair], read[kPair];
+    for (long j = 0; j < count; ++j) ordered[place<kSplit>(j)] = x[i + j];
+    store_pair<false>(seen, store_pair<kSplit>(y + i, load_pair<false>(ordered), lanes));
+    store_pair<false>(read, load_pair<kSplit>(y + i, lanes));
+    for (long j = 0; j < count; ++j) {{
+      const float a = seen[place<kSplit>(j)], b = read[place<kSplit>(j)];
+      back[i + j] = std::memcmp(&a, &b, sizeof(a)) == 0 ? a : 12345.0f;
+    }}
   }});
 }}
 extern "C" void exponential(const float* x, float* y, long n) {{
@@ -35,6 +50,18 @@ extern "C" void to_bfloat16(const float* x, void* y, float* back, long n) {{
 }}
 extern "C" void to_float16(const float* x, void* y, float* back, long n) {{
   round_trip(x, static_cast<fp16*>(y), back, n);
+}}
+extern "C" void pairs_to_bfloat16(const float* x, void* y, float* back, long n) {{
+  round_trip_pairs<false>(x, static_cast<bf16*>(y), back, n);
+}}
+extern "C" void split_pairs_to_bfloat16(const float* x, void* y, float* back, long n) {{
+  round_trip_pairs<true>(x, static_cast<bf16*>(y), back, n);
+}}
+extern "C" void pairs_to_float32(const float* x, void* y, float* back, long n) {{
+  round_trip_pairs<false>(x, static_cast<float*>(y), back, n);
+}}
+extern "C" void pairs_to_float16(const float* x, void* y, float* back, long n) {{
+  round_trip_pairs<false>(x, static_cast<fp16*>(y), back, n);
 }}
 """
 
@@ -84,17 +111,34 @@ def test_exp(simd):
     assert error.max() <= 1.0, f"{error.max():.3f} ulp at {x[finite][error.argmax()]!r}"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_conversions_are_torchs(simd, dtype):
-    """Bit for bit, denormals, ties and overflow included; NaN is NaN."""
+CONVERSIONS = {
+    "to_bfloat16": torch.bfloat16,
+    "pairs_to_bfloat16": torch.bfloat16,
+    "split_pairs_to_bfloat16": torch.bfloat16,
+    "to_float16": torch.float16,
+    "pairs_to_float16": torch.float16,
+    "pairs_to_float32": torch.float32,
+}
+
+
+@pytest.mark.parametrize("tail", [5, 29])
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_conversions_are_torchs(simd, name, tail):
+    """Bit for bit, denormals, ties and overflow included, among their like and among others; NaN is
+    NaN; nothing is written behind the end."""
     ties = np.arange(0x8000, 2**32, 2**16, dtype=np.uint64).astype(np.uint32).view(np.float32)
-    x = np.concatenate([every(4093), ties, every(2**13)])[:-3]  # an odd count, for the tail
-    bits, back = np.empty(x.size, np.int16), np.empty_like(x)
-    function = simd.to_bfloat16 if dtype == torch.bfloat16 else simd.to_float16
-    function(pointer(x), pointer(bits), pointer(back), ctypes.c_long(x.size))
-    expected = torch.from_numpy(x).to(dtype)
-    ours = torch.from_numpy(bits).view(dtype)
+    x = np.concatenate([every(4093), ties, every(2**13)])
+    x = x[: x.size // 32 * 32 - 32 + tail]
+    if tail == 5:
+        x = np.random.default_rng(0).permutation(x)
+    expected, back = torch.from_numpy(x).to(CONVERSIONS[name]), np.empty_like(x)
+    out = torch.full((x.size + 64,), 7.0, dtype=expected.dtype)
+    ours = out[: x.size]
+    count = ctypes.c_long(x.size)
+    getattr(simd, name)(pointer(x), ctypes.c_void_p(out.data_ptr()), pointer(back), count)
+    assert (out[x.size :] == 7).all()
     nan = expected.isnan()
+    bits = torch.int32 if expected.dtype == torch.float32 else torch.int16
     assert torch.equal(ours.isnan(), nan)
-    assert torch.equal(ours[~nan].view(torch.int16), expected[~nan].view(torch.int16))
+    assert torch.equal(ours[~nan].view(bits), expected[~nan].view(bits))
     assert torch.equal(torch.from_numpy(back)[~nan], expected[~nan].float())

@@ -1,11 +1,11 @@
 // Two vectors at a time, for the kernels that read and write whole rows.
 //
 // A register holds 2 * kWidth bfloat16 numbers: those of even index in the low halves of its 32-bit
-// lanes, those of odd index in the high halves. A shift makes one half a vector of floats and a
-// mask the other, where the elements in their order would take a shuffle for every vector, and
-// shuffles are what the core has fewest of. So a pair of bfloat16 vectors holds the elements of even
-// and those of odd index, and what meets it, such as the weight of a norm, must come in that order.
-// float32 and float16 come as they lie in memory, and so does bfloat16 that meets them.
+// lanes, those of odd index in the high halves. One shift makes a vector of floats of the former and
+// one mask of the latter, where the elements in their order take two operations a vector to widen,
+// and more to narrow. So a pair of bfloat16 vectors holds the elements of even and those of odd
+// index, and what meets it, such as the weight of a norm, must come in that order. float32 and
+// float16 come as they lie in memory, and so does bfloat16 that meets them.
 #pragma once
 
 #include "simd.h"
