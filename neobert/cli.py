@@ -21,7 +21,7 @@ import torch
 import typer
 from transformers.utils.logging import disable_progress_bar
 
-from neobert import cli_train
+from neobert import cli_eval, cli_train
 from neobert.encode import Encoder, TruncationWarning
 from neobert_kernels import __main__ as kernels
 from neobert_kernels import _compiled
@@ -35,6 +35,7 @@ app = typer.Typer(
 )
 app.command()(cli_train.pretrain)
 app.command()(cli_train.prepare)
+app.add_typer(cli_eval.app, name="eval")
 
 
 class Pooling(str, Enum):
