@@ -89,8 +89,8 @@ class Pair:
 class Pairs:
     """The usable pairs of a source: `pairs[numbers]` reads some, `len(pairs)` is how many.
 
-    left_out: for each reason, how many rows, and the first of them as "file, row 7"; rows are
-        counted from 1, without a first line of column names.
+    left_out: for each reason, how many rows, and the first NAMED of them as "file, row 7"; rows
+        are counted from 1, without a first line of column names.
     All rows are looked through once, here. Raises FileNotFoundError for a path that is none of
     what `PairSource` says; ValueError for files that cannot be read as their name says, for a
     missing column (with the nearest name), for a text that is not a text, naming file and row, and
@@ -130,7 +130,8 @@ class Pairs:
         parts = [f"{self.source.title}: {len(self.rows):,} pairs of {len(self.data):,} rows"]
         for reason, (count, places) in self.left_out.items():
             some = "; ".join(places) + ("; …" if count > len(places) else "")
-            parts.append(f"{count:,} where {reason} ({some})")
+            # A low score is no fault that someone would look up.
+            parts.append(f"{count:,} where {reason}" + (f" ({some})" * (reason != LOW_SCORE)))
         return ", left out: ".join([parts[0], ", ".join(parts[1:])]) if parts[1:] else parts[0]
 
     def _usable(self) -> Iterator[int]:

@@ -261,6 +261,13 @@ def test_the_command(settings, tmp_path):
     shown = CliRunner().invoke(app, [*command, "--show"])
     (tmp_path / "shown.yaml").write_text(shown.output)
     assert load_config(None, tmp_path / "shown.yaml").data == config.data
+    two = ["--data", "a.csv", "--data", "b/c.jsonl", "--show"]
+    shown = CliRunner().invoke(app, ["contrastive", "--preset", "tiny", *two])
+    (tmp_path / "shown.yaml").write_text(shown.output)
+    assert load_config(None, tmp_path / "shown.yaml").data == [
+        PairSource("a.csv"),
+        PairSource("b/c.jsonl"),
+    ]
     wrong = CliRunner().invoke(app, [*command, "stepps=3"])
     assert wrong.exit_code == 1 and "'steps'" in wrong.output and "Traceback" not in wrong.output
     missing = CliRunner().invoke(app, ["contrastive", "--output", "x"])

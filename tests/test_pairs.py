@@ -112,6 +112,7 @@ def test_what_is_left_out_is_counted_with_file_and_row(tmp_path):
     report = pairs.report()
     assert report.startswith("bad: 2 pairs of 8 rows, left out: 3 where the query or the positive")
     assert f"1 where there is no positive ({path}, row 4)" in report
+    assert "1 where the score is below min_score, 1 where" in report
 
 
 def test_a_score_of_nan_in_csv_and_parquet(tmp_path):
