@@ -222,6 +222,22 @@ def test_a_full_disk(settings, tmp_path):
     assert contrastive(config).step == 6
 
 
+def test_a_model_that_cannot_be_written(settings, tmp_path, monkeypatch):
+    """The checkpoint is there, and the next call finishes."""
+
+    def full(source, target, **options):
+        (target / "half").mkdir(parents=True)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("neobert.saving.shutil.copytree", full)
+        with pytest.raises(SaveError, match=r"run/model could not be written .*step-00000002"):
+            contrastive(settings("run", steps=2))
+    assert not list((tmp_path / "run").glob(".model*"))
+    assert contrastive(settings("run", steps=2)).model == tmp_path / "run" / "model"
+    assert Encoder.from_pretrained(tmp_path / "run" / "model").dim == 64
+
+
 @pytest.mark.parametrize("changes, error", [
     ({"temperature": 0}, "temperature must be positive, got 0"),
     ({"batch_size": 1}, "batch_size must be at least 2, got 1"),

@@ -159,6 +159,15 @@ def test_bad_files(tmp_path, name, content, changes, error):
         Pairs(PairSource(str(tmp_path / name), **changes))
 
 
+@pytest.mark.parametrize("path, title", [
+    ("a/faq.jsonl.gz", "faq"), ("a/b/part-*.parquet", "b"), ("*.csv", "*.csv"),
+    ("docstrings", "docstrings"), ("sentence-transformers/gooaq", "gooaq"), ("a/.csv", "a/.csv"),
+])  # fmt: skip
+def test_names_of_data_sets(path, title):
+    assert PairSource(path).title == title
+    assert PairSource(path, "mine").title == "mine"
+
+
 def test_no_such_file():
     with pytest.raises(FileNotFoundError, match=r"'nowhere.csv' is neither a file"):
         Pairs(PairSource("nowhere.csv"))
