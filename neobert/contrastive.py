@@ -120,8 +120,8 @@ def contrastive(config: ContrastiveConfig) -> Result:
         save_config(config, output / CONFIG)
 
     # --- model and optimizer ----------------------------------------------------------------------
-    model: nn.Module = load_model(weights_from, config, tokenize)
-    model_config: NeoBERTConfig = model.config
+    model = load_model(weights_from, config, tokenize)
+    model_config: Any = model.config
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.compile:
