@@ -108,11 +108,10 @@ def local_task(path: Path) -> AbsTask:
             return _retrieval(path)
         train, test = _file(path, "train"), _file(path, "test")
         splits = {
-            "train": _read_kind(train, [CLASSIFICATION])[1],
-            "test": _read_kind(test, [CLASSIFICATION])[1],
+            name: _read_kind(file, [CLASSIFICATION])[1]
+            for name, file in (("train", train), ("test", test))
         }
-        _check_known_labels(splits, test)
-        return _task(CLASSIFICATION, [train, test], path, DatasetDict(splits))
+        return _task(CLASSIFICATION, [train, test], path, _numbered(splits, test))
     kind, data = _read_kind(path, FILES)
     task = _task(kind, [path], path, DatasetDict(test=data))
     if kind is STS:
@@ -164,11 +163,20 @@ def _read_kind(path: Path, kinds: Sequence[Kind]) -> tuple[Kind, Dataset]:
     return kind, Dataset.from_dict(data)
 
 
-def _check_known_labels(splits: dict[str, Dataset], test: Path) -> None:
-    known = set(splits["train"]["label"])
-    for number, label in enumerate(splits["test"]["label"], 1):
-        if label not in known:
-            raise ValueError(f"{test}, row {number}: the label {label!r} is in no row of train")
+def _numbered(splits: dict[str, Dataset], test: Path) -> DatasetDict:
+    """The splits with their labels as numbers, which mteb's scores for two labels need."""
+    numbers = {label: number for number, label in enumerate(sorted(set(splits["train"]["label"])))}
+    for row, label in enumerate(splits["test"]["label"], 1):
+        if label not in numbers:
+            raise ValueError(f"{test}, row {row}: the label {label!r} is in no row of train")
+    return DatasetDict(
+        {
+            name: Dataset.from_dict(
+                {"text": split["text"], "label": [numbers[label] for label in split["label"]]}
+            )
+            for name, split in splits.items()
+        }
+    )
 
 
 def _text(row: Row, column: str, where: str) -> str:

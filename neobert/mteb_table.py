@@ -42,7 +42,7 @@ def summary(
         tasks[task.metadata.name] = {
             "type": task.metadata.type,
             "metric": task.metadata.main_score,
-            "score": 100 * float(result.get_score()),
+            "score": round(100 * float(result.get_score()), 4),  # as exact as mteb's cache
         }
     types: dict[str, list[float]] = {}
     for figures in tasks.values():
