@@ -45,7 +45,9 @@ Row = dict[str, Any]
 class Kind:
     """A type of task that one table of texts makes.
 
-    texts, label: its columns; check: the label as mteb wants it, or ValueError.
+    texts, label: its columns.
+    expected, check: what a label must be, in words and as a function that gives it or raises
+        ValueError or TypeError.
     """
 
     base: type[AbsTask]
@@ -53,6 +55,7 @@ class Kind:
     main_score: str
     texts: tuple[str, ...]
     label: str
+    expected: str
     check: Callable[[Any], Any]
 
     @property
@@ -79,14 +82,22 @@ def _name(value: Any) -> str:
 
 
 PAIR = ("sentence1", "sentence2")
-STS = Kind(AbsTaskSTS, "STS", "cosine_spearman", PAIR, "score", _number)
+STS = Kind(AbsTaskSTS, "STS", "cosine_spearman", PAIR, "score", "a number", _number)
 FILES = (
     STS,
-    Kind(AbsTaskPairClassification, "PairClassification", "max_ap", PAIR, "labels", _zero_or_one),
-    Kind(AbsTaskClustering, "Clustering", "v_measure", ("sentences",), "labels", _name),
+    Kind(
+        AbsTaskPairClassification,
+        "PairClassification",
+        "max_ap",
+        PAIR,
+        "labels",
+        "0 or 1",
+        _zero_or_one,
+    ),
+    Kind(AbsTaskClustering, "Clustering", "v_measure", ("sentences",), "labels", "a name", _name),
 )
 CLASSIFICATION = Kind(
-    AbsTaskClassification, "Classification", "accuracy", ("text",), "label", _name
+    AbsTaskClassification, "Classification", "accuracy", ("text",), "label", "a name", _name
 )
 
 
@@ -152,9 +163,8 @@ def _read_kind(path: Path, kinds: Sequence[Kind]) -> tuple[Kind, Dataset]:
         try:
             data[kind.label].append(kind.check(row[kind.label]))
         except (KeyError, TypeError, ValueError):
-            expected = {_number: "a number", _zero_or_one: "0 or 1", _name: "a name"}[kind.check]
             raise ValueError(
-                f"{where}: {kind.label!r} is {row.get(kind.label)!r:.80}, must be {expected}"
+                f"{where}: {kind.label!r} is {row.get(kind.label)!r:.80}, must be {kind.expected}"
             ) from None
     if len(set(data[kind.label])) < 2:
         raise ValueError(
@@ -280,7 +290,7 @@ def _retrieval(folder: Path) -> AbsTask:
         except (TypeError, ValueError):
             raise ValueError(f"{where}: 'score' is {row['score']!r}, must be an integer") from None
         relevant.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = score
-    kind = Kind(AbsTaskRetrieval, "Retrieval", "ndcg_at_10", ("text",), "score", int)
+    kind = Kind(AbsTaskRetrieval, "Retrieval", "ndcg_at_10", ("text",), "score", "", int)
     split = {
         "corpus": Dataset.from_list(list(corpus.values())),
         "queries": Dataset.from_list([row for id, row in queries.items() if id in relevant]),

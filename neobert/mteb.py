@@ -79,6 +79,8 @@ class MTEBEncoder(AbsEncoder):
     length and instructions is in `experiment_kwargs`.
     """
 
+    mteb_model_meta: ModelMeta
+
     def __init__(
         self,
         model_name: str,
@@ -90,7 +92,7 @@ class MTEBEncoder(AbsEncoder):
         max_tokens: int | None = None,
         instructions: bool = True,
     ):
-        options = {"revision": revision} if revision else {}
+        options: dict[str, Any] = {"revision": revision} if revision else {}
         self.folder = read_sentence_folder(model_name, **options)
         model_length = self.folder.max_length
         self.encoder = Encoder.from_pretrained(
