@@ -123,6 +123,7 @@ def mteb(
     typer.echo(
         f"{path}: {len(results)} tasks, {totals.texts:,} texts of {totals.tokens:,} tokens encoded "
         f"in {totals.seconds:,.1f} s ({totals.tokens_per_second:,.0f} tok/s, "
-        f"{encoder.encoder.device}), {totals.truncated:,} of them truncated",
+        f"{encoder.encoder.device}), {totals.truncated:,} of them truncated, "
+        f"{encoder.empty_texts:,} empty",
         err=True,
     )

@@ -28,8 +28,8 @@ from mteb.types import PromptType
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from neobert import instructions
 from neobert.encode import Encoder, EncodeStats, TruncationWarning
+from neobert.instructions import prompt as paper_prompt
 from neobert.local_tasks import is_local, local_task
 from neobert.sentence_folder import read_sentence_folder
 
@@ -70,12 +70,14 @@ class MTEBEncoder(AbsEncoder):
     device, dtype, max_length: as of `Encoder.from_pretrained`.
     max_tokens: the most tokens computed at once; it changes the speed and not the vectors.
     instructions: put the paper's instruction for the task before each text. A prompt that the
-        model's folder has for the task comes first, and a folder with prompts for all queries or
-        documents gets no instructions: it was trained with its own. False: no prompts at all.
+        model's folder has for the task, its type or its side (query, document) comes first, an
+        empty one too; a folder with a prompt for all queries or all documents gets no instructions:
+        it was trained with its own. False: no prompts at all.
 
-    `totals` counts what was encoded. Two models share mteb's cached results only if their
-    files, dtype, max_length and instructions are the same: `mteb_model_meta.revision` is the
-    hub's commit, or a digest of the directory's files, and what differs from float32, the model's
+    `totals` counts what was encoded; `empty_texts` those of white space alone, which mteb's data
+    sets have, and which are embedded like any other. Two models share mteb's cached results only if
+    their files, dtype, max_length and instructions are the same: `mteb_model_meta.revision` is the
+    hub's commit or a digest of the directory's files, and what differs from float32, the model's
     length and instructions is in `experiment_kwargs`.
     """
 
@@ -94,14 +96,12 @@ class MTEBEncoder(AbsEncoder):
     ):
         options: dict[str, Any] = {"revision": revision} if revision else {}
         self.folder = read_sentence_folder(model_name, **options)
-        model_length = self.folder.max_length
-        self.encoder = Encoder.from_pretrained(
-            model_name, device, dtype, max_length or model_length, **options
-        )
+        length = self.folder.max_length if max_length is None else max_length
+        self.encoder = Encoder.from_pretrained(model_name, device, dtype, length, **options)
         self.max_tokens = max_tokens
         self.instructions = instructions
         self.totals = EncodeStats()
-        self.model_prompts = self.folder.prompts
+        self.empty_texts = 0
         settings = {
             "dtype": str(self.encoder.dtype).removeprefix("torch."),
             "max_length": self.encoder.max_length,
@@ -109,7 +109,7 @@ class MTEBEncoder(AbsEncoder):
         }
         usual = {
             "dtype": "float32",
-            "max_length": model_length or self.encoder.model.config.max_length,
+            "max_length": self.folder.max_length or self.encoder.model.config.max_length,
             "instructions": True,
         }
         self.mteb_model_meta = _model_meta(
@@ -127,9 +127,9 @@ class MTEBEncoder(AbsEncoder):
         name = get_prompt_name(prompts, task_metadata, prompt_type)
         if name is not None:
             return prompts[name]
-        if self.folder.default_prompt or any(kind.value in prompts for kind in PromptType):
+        if self.folder.default_prompt or any(prompts.get(kind.value) for kind in PromptType):
             return self.folder.default_prompt
-        return instructions.prompt(task_metadata.name, task_metadata.type)
+        return paper_prompt(task_metadata.name, task_metadata.type)
 
     def encode(
         self,
@@ -176,6 +176,7 @@ class MTEBEncoder(AbsEncoder):
         stats = self.encoder.stats
         for name in ("texts", "tokens", "truncated", "seconds", "batches", "graphed"):
             setattr(self.totals, name, getattr(self.totals, name) + getattr(stats, name))
+        self.empty_texts += sum(not text.strip() for text in texts)
         return embeddings
 
 

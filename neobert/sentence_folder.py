@@ -15,8 +15,8 @@ class SentenceFolder:
     """How a model turns hidden states into embeddings; the defaults where it does not say.
 
     max_length: tokens of a text, None for the model's own.
-    prompts: name → what to put before a text. sentence-transformers writes "query" and "document"
-        prompts that are empty into every model; empty ones are left out here.
+    prompts: name → what to put before a text. sentence-transformers writes an empty "query" and
+        "document" into every model; they are left out where no other prompt makes them meant.
     default_prompt: of texts that no prompt names, "" for none.
     normalize: whether embeddings are scaled to length 1.
     """
@@ -58,7 +58,8 @@ def read_sentence_folder(path_or_hub_id: str | Path, **hub_options: Any) -> Sent
             "NeoBERT is read from the top one"
         )
     settings = read("config_sentence_transformers.json") or {}
-    prompts = {name: text for name, text in (settings.get("prompts") or {}).items() if text}
+    prompts = {name: text or "" for name, text in (settings.get("prompts") or {}).items()}
+    prompts = prompts if any(prompts.values()) else {}
     pooling = read(f"{modules[1]['path']}/config.json")
     if prompts and not pooling.get("include_prompt", True):
         raise ValueError(

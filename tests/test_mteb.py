@@ -116,8 +116,9 @@ def test_similarity_is_the_cosine(model):
 def test_totals_count_every_call(checkpoint):
     model = MTEBEncoder(str(checkpoint), device="cpu", instructions=False)
     encode(model, ["a text", "another"])
-    encode(model, ["word " * 500])
-    assert (model.totals.texts, model.totals.truncated, model.totals.batches) == (3, 1, 2)
+    encode(model, ["word " * 500, " "])
+    assert (model.totals.texts, model.totals.truncated, model.totals.batches) == (4, 1, 2)
+    assert model.empty_texts == 1
     assert model.totals.tokens > tiny.MAX_LENGTH and model.totals.seconds > 0
 
 
@@ -221,6 +222,8 @@ def sentence_folder(checkpoint, tmp_path_factory):
     ({"document": "d: "}, ["", "", "d: "]),
     ({"query": "", "document": ""}, "the paper's"),  # as sentence-transformers writes by itself
     ({"ALLNLI": "of a data set: "}, "the paper's"),
+    ({"ALLNLI": "of a data set: ", "document": ""},
+     ["Retrieve semantically similar text. ", "Given a query, retrieve relevant texts. ", ""]),
     ({MockRetrievalTask().metadata.name: "own: "}, ["Retrieve semantically similar text. ", "own: ",
                                                     "own: "]),
 ])  # fmt: skip
