@@ -34,7 +34,7 @@ from neobert.model import NeoBERT, NeoBERTConfig
 from neobert.optim import adamw, learning_rate
 from neobert.packing import PackedBatch
 from neobert.pair_batches import PairBatch, PairSampler, shares
-from neobert.pairs import Pairs
+from neobert.pairs import Pairs, prompts_of
 from neobert.saving import (
     checkpoints,
     export_model,
@@ -42,9 +42,9 @@ from neobert.saving import (
     load_progress,
     save_checkpoint,
 )
+from neobert.sentence_folder import write_sentence_folder
 from neobert.settings import check_same_run, save_config
 from neobert.signals import stop_signals
-from neobert.st_folder import prompts_of, write_folder
 from neobert.text import TextTokenizer
 from neobert_kernels import pool
 
@@ -136,7 +136,7 @@ def contrastive(config: ContrastiveConfig) -> Result:
     embed = partial(embedded, model, config, accelerator.device)
     no_sync = partial(accelerator.no_sync, model)
     write_more = partial(
-        write_folder,
+        write_sentence_folder,
         dim=model_config.hidden_size,
         max_length=config.max_length,
         prompts=prompts_of(config.data),

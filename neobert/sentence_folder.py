@@ -1,4 +1,10 @@
-"""What a sentence-transformers model says beside its weights: pooling, length and prompts."""
+"""What a sentence-transformers model has beside a transformers checkpoint, read and written.
+
+modules.json                         a Transformer and a Pooling
+sentence_bert_config.json            the most tokens of a text
+1_Pooling/config.json                how hidden states become an embedding
+config_sentence_transformers.json    prompts by name, the similarity
+"""
 
 from __future__ import annotations
 
@@ -94,3 +100,32 @@ def _pooling(config: dict, where: str | Path) -> Literal["mean", "cls"]:
     if len(names) != 1 or names[0] not in known:
         raise ValueError(f"{where}: pools by {', '.join(names)}, where an encoder can: mean, cls")
     return known[names[0]]
+
+
+def write_sentence_folder(folder: Path, dim: int, max_length: int, prompts: dict[str, str]) -> None:
+    """Make a checkpoint a sentence-transformers model, which loads it after `import neobert`.
+
+    Mean pooling, prompt included, and cosine similarity. dim: of the embeddings.
+    """
+    modules = "sentence_transformers.models"  # these names load in every version
+    files: dict[str, Any] = {
+        "modules.json": [
+            {"idx": 0, "name": "0", "path": "", "type": f"{modules}.Transformer"},
+            {"idx": 1, "name": "1", "path": "1_Pooling", "type": f"{modules}.Pooling"},
+        ],
+        "sentence_bert_config.json": {"max_seq_length": max_length, "do_lower_case": False},
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": dim,
+            "pooling_mode_mean_tokens": True,
+            "include_prompt": True,
+        },
+        "config_sentence_transformers.json": {
+            "prompts": prompts,
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+        },
+    }
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
