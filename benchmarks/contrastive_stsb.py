@@ -7,8 +7,8 @@ pre-trained on the docstrings of the standard library and the training sentences
 the pairs with a score of at least 4 and on names and their docstrings. At every checkpoint the
 Spearman correlation of cosine similarity with the dev scores is measured, beside three baselines:
 random weights, the model before, and a bag of embeddings (the mean of the rows of a model's input
-embedding matrix, special tokens included, with no layer above it). The learning rate was chosen by
-this very score, among 3e-4, 1e-3, 2e-3 and 3e-3; nothing else was.
+embedding matrix, special tokens included, with no layer above it). The learning rate (of
+3e-4, 1e-3, 2e-3 and 3e-3) and the number of steps (250 or 400) were chosen by this very score.
 
 Writes benchmarks/results/contrastive/tiny-stsb.json and .png. FOLDER, a temporary one by default,
 gets the runs; a second call with the same one goes on in them.
