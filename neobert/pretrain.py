@@ -42,7 +42,7 @@ from neobert.metrics import (
 from neobert.model import NeoBERTLMHead
 from neobert.optim import adamw, learning_rate
 from neobert.readers import Cut
-from neobert.recipes import PretrainConfig, load_config, save_config
+from neobert.recipes import PretrainConfig, check_same_run, load_config, save_config
 from neobert.saving import (
     check_shape,
     checkpoints,
@@ -115,7 +115,8 @@ def pretrain(config: PretrainConfig) -> Result:
     resume_from = next(reversed(checkpoints(output)), None)
     progress: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "lanes": {}}
     if resume_from:
-        check_same_run(output / CONFIG, config)
+        begun = load_config(file=output / CONFIG)
+        check_same_run(output / CONFIG, begun, config, MAY_CHANGE)
         progress = load_progress(resume_from)
     step = progress["step"]
     began -= progress["seconds"]
@@ -366,21 +367,6 @@ def load_tokenizer(config: PretrainConfig, output: Path) -> PreTrainedTokenizerB
         )
         learned.save_pretrained(output / TOKENIZER)
     return AutoTokenizer.from_pretrained(output / TOKENIZER)
-
-
-def check_same_run(path: Path, config: PretrainConfig) -> None:
-    """Raises ValueError if the run in this directory was begun with another configuration."""
-    begun = vars(load_config(file=path))
-    changed = [
-        f"{name} was {begun[name]!r} and is {value!r}"
-        for name, value in vars(config).items()
-        if name not in MAY_CHANGE and begun[name] != value
-    ]
-    if changed:
-        raise ValueError(
-            f"{path.parent} holds a run with another configuration: {'; '.join(changed)}. Choose "
-            "another output; start_from begins a new run from a checkpoint"
-        )
 
 
 def gather_states(accelerator: Accelerator, states: dict[int, dict]) -> dict[str, dict]:

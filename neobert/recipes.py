@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import yaml
 from omegaconf import OmegaConf
@@ -17,6 +17,7 @@ from neobert.corpus import Source
 from neobert.masking import SCHEMES
 
 PRECISIONS = ("float32", "bfloat16")
+Settings = TypeVar("Settings")
 
 
 @dataclass
@@ -200,7 +201,14 @@ def load_config(
     """
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"there is no preset {preset!r}{nearest(preset, PRESETS)}")
-    config = OmegaConf.structured(PRESETS[preset]() if preset else PretrainConfig())
+    return changed(PRESETS[preset]() if preset else PretrainConfig(), file, overrides)
+
+
+def changed(
+    settings: Settings, file: Path | None = None, overrides: Iterable[str] = ()
+) -> Settings:
+    """A dataclass of settings, changed as `load_config` says; raises what it raises."""
+    config = OmegaConf.structured(settings)
     try:
         if file is not None:
             config = OmegaConf.merge(config, OmegaConf.load(file))
@@ -209,7 +217,7 @@ def load_config(
             if not equals:
                 raise ValueError(f"{override!r} is not of the form key=value")
             OmegaConf.update(config, key, yaml.safe_load(value))
-        return cast(PretrainConfig, OmegaConf.to_object(config))
+        return cast(Settings, OmegaConf.to_object(config))
     except ConfigKeyError as error:
         key = str(error.full_key or error.key)
         known = map(str, getattr(error.parent_node, "keys", list)())
@@ -226,6 +234,22 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"
 
 
-def save_config(config: PretrainConfig, path: Path) -> None:
-    """As a YAML file that `load_config` reads."""
+def check_same_run(path: Path, begun: object, config: object, may_change: Iterable[str]) -> None:
+    """Raises ValueError if the run that `path` describes was begun with other settings than those
+    of `config`; `may_change` are the names of those that do not make it another run."""
+    before = vars(begun)
+    different = [
+        f"{name} was {before[name]!r} and is {value!r}"
+        for name, value in vars(config).items()
+        if name not in may_change and before[name] != value
+    ]
+    if different:
+        raise ValueError(
+            f"{path.parent} holds a run with another configuration: {'; '.join(different)}. Choose "
+            "another output; start_from begins a new run from a checkpoint"
+        )
+
+
+def save_config(config: object, path: Path) -> None:
+    """As a YAML file that `changed` reads."""
     OmegaConf.save(OmegaConf.structured(config), path)
