@@ -68,9 +68,12 @@ class Metrics:
 
     step: the step the run goes on from: what an interrupted run had written beyond it is dropped.
         At 0 that is everything.
+    name: of the run, before the progress bar.
     """
 
-    def __init__(self, output: Path, step: int, steps: int, tensorboard: bool):
+    def __init__(
+        self, output: Path, step: int, steps: int, tensorboard: bool, name: str = "pretrain"
+    ):
         self.path = output / METRICS
         self.records = [r for r in read_metrics(output) if r["step"] <= step and step > 0]
         unfinished = self.path.with_name(f".{METRICS}.unfinished")
@@ -82,7 +85,7 @@ class Metrics:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
-        self.progress = tqdm(total=steps, initial=step, desc="pretrain", unit="step", disable=None)
+        self.progress = tqdm(total=steps, initial=step, desc=name, unit="step", disable=None)
 
     def write(self, step: int, **values: float) -> None:
         record = {"step": step, **values}
