@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,12 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     progress: dict,
     keep: int,
+    extras: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write step-`step` and remove all but the `keep` newest; every process calls it.
 
-    model: as `accelerator.prepare` returned it. progress: anything JSON holds.
+    model: as `accelerator.prepare` returned it. progress: anything JSON holds. extras: writes more
+    into the directory it is given; the main process calls it.
     Raises SaveError, in every process, if writing fails, as on a full disk.
     """
     final = output / FOLDER / f"step-{step:08}"
@@ -79,6 +82,8 @@ def save_checkpoint(
             tokenizer.save_pretrained(aside)
             if not deepspeed:
                 torch.save({"optimizer": moments, "random": random_states}, aside / OPTIMIZER)
+            if extras is not None:
+                extras(aside)
             (aside / PROGRESS).write_text(json.dumps({**progress, "step": step}))
         except Exception as error:  # whatever safetensors, torch or the system raise on a full disk
             failure = error
@@ -107,6 +112,37 @@ def save_checkpoint(
             + (f"the last good checkpoint is {whole[-1]}" if whole else "there is none yet")
         ) from failure
     return final
+
+
+def write_whole(final: Path, write: Callable[[Path], object]) -> None:
+    """Make the directory `final`, in place of an older one, of what `write` puts in the directory
+    it is given: whole, or not there. Raises SaveError if writing fails."""
+    aside = final.with_name(f".{final.name}.unfinished")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        write(aside)
+        _flush(aside)
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(aside, final)
+        _flush(final.parent)
+    except Exception as error:  # whatever safetensors, torch or the system raise on a full disk
+        shutil.rmtree(aside, ignore_errors=True)
+        raise SaveError(f"{final} could not be written ({error})") from error
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a file whole, in place of an older one. Raises SaveError if writing fails."""
+    aside = path.with_name(f".{path.name}.unfinished")
+    try:
+        with open(aside, "w") as file:
+            file.write(json.dumps(value, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise SaveError(f"{path} could not be written ({error})") from error
 
 
 def load_optimizer(
