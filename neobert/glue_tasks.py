@@ -122,12 +122,10 @@ TASKS = {
 
 def find_task(name: str) -> Task:
     """The task that GLUE or its hub data set calls so, in any case. ValueError for another name."""
-    task = TASKS.get(re.sub(r"[-_ ]", "", name).lower())
-    if task is None:
-        raise ValueError(
-            f"there is no task {name!r}{nearest(name, [each.name for each in TASKS.values()])}"
-        )
-    return task
+    subset = re.sub(r"[-_ ]", "", name).lower()
+    if subset not in TASKS:
+        raise ValueError(f"there is no task {name!r}{nearest(subset, TASKS)}")
+    return TASKS[subset]
 
 
 def _correlation(statistic, labels, predictions) -> float:

@@ -155,7 +155,9 @@ def write_model(folder: Path, dropout: float = 0.1) -> Path:
     return folder
 
 
-SETTINGS = {"precision": "float32", "epochs": 3, "log_every": 1, "save_every": 5}
+SETTINGS = {
+    "precision": "float32", "epochs": 3, "patience": 100, "log_every": 1, "save_every": 5,
+}  # fmt: skip
 
 
 def run_settings(model: Path, data: Path, output: Path, **changes: object) -> FinetuneConfig:

@@ -166,7 +166,7 @@ def test_missing_and_doubled_files(tmp_path):
     (folder / "train.jsonl").write_text("{}")
     with pytest.raises(ValueError, match=r"train examples of RTE twice: train.tsv, train.jsonl"):
         examples(tmp_path, "RTE")
-    with pytest.raises(ValueError, match=r"there is no task 'RTTE'; did you mean 'RTE'"):
+    with pytest.raises(ValueError, match=r"there is no task 'RTTE'; did you mean 'rte'"):
         find_task("RTTE")
 
 
