@@ -74,7 +74,6 @@ def glue(
         from neobert.glue_search import glue as run
         from neobert.glue_search import table
         from neobert.recipes import changed
-        from neobert.saving import SaveError
     except ImportError as error:
         raise need_extra(error) from error
     given = {"model": model, "data": data, "output": output}
@@ -88,7 +87,7 @@ def glue(
             return
         disable_progress_bar()  # transformers', for writing and loading weights
         result = run(settings)
-    except (ValueError, FileNotFoundError, SaveError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         raise fail(error) from error
     typer.echo(table(settings.model, result), nl=False)
     if result.signum:

@@ -79,9 +79,9 @@ class FinetuneResult:
 
     scores: each metric at the best evaluation, that of step `best_step`; score: their mean. All
         fractions of 1; None without an evaluation.
-    step: the last one. stopped: "patience", "epochs", or "signal" if it is to be continued, and
-    signum: which. error: why it has no score.
-    model: directory of the best weights.
+    step: the last one. stopped: "patience" or "epochs"; "signal" if it is to be continued;
+        "non-finite loss", with the error, if it has no score.
+    model: directory of the best weights. signum: the number of a signal that came.
     """
 
     task: str
@@ -110,6 +110,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         begun = changed(FinetuneConfig(task=config.task), output / CONFIG)
         check_same_run(output / CONFIG, begun, config, MAY_CHANGE)
     if (output / RESULT).exists():
+        shutil.rmtree(output / FOLDER, ignore_errors=True)  # if it was killed just before that
         return load_result(output)
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
     if accelerator.num_processes > 1:

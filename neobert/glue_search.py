@@ -5,7 +5,8 @@
     output/results.json, results.md            the row of Table 3
 
 Started again it goes on: finished runs are read, the interrupted one continues from its checkpoint.
-Of all runs on a task only the best keeps its weights.
+Of all runs on a task only the best keeps its weights. Processes may share an output if each has
+tasks, or a part of the grid, of its own: with the whole grid a last one compares what they did.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def finetune_or_note(run: FinetuneConfig) -> FinetuneResult:
     except NonFiniteLossError as error:
         result = FinetuneResult(run.task, stopped="non-finite loss", error=str(error))
         write_json(Path(run.output) / RESULT, asdict(result))
-        return result
+        return finetune(run)
 
 
 def best_runs(output: Path) -> dict[str, dict[str, Any]]:

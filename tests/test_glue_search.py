@@ -200,6 +200,9 @@ def test_the_command(model, data, tmp_path):
     assert code == 1 and "seed was 0 and is 4" in said
     code, said = invoke("--tasks", "rte,colla", "--output", "x")
     assert code == 1 and "no task 'colla'; did you mean 'cola'" in said
+    missing = tmp_path / "missing"
+    code, said = invoke("--model", missing, *given[2:-1], tmp_path / "new", "transfer=false")
+    assert code == 1 and str(missing) in said.splitlines()[-1]
     code, said = invoke("--output", "x", "epoch=3")
     assert code == 1 and "epoch" in said and "Did you mean" in said, said
 
