@@ -1,4 +1,4 @@
-"""The `neobert` command: embed texts, pre-train, measure throughput, and say what runs here."""
+"""The `neobert` command: embed texts, train, measure throughput, and say what runs here."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(cli_train.pretrain)
+app.command()(cli_train.contrastive)
 app.command()(cli_train.prepare)
 app.add_typer(cli_eval.app, name="eval")
 

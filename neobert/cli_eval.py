@@ -73,7 +73,7 @@ def glue(
         from neobert.glue_recipes import GlueConfig
         from neobert.glue_search import glue as run
         from neobert.glue_search import table
-        from neobert.recipes import changed
+        from neobert.settings import load
     except ImportError as error:
         raise need_extra(error) from error
     given = {"model": model, "data": data, "output": output}
@@ -81,7 +81,7 @@ def glue(
     changes += [f"tasks=[{tasks}]"] if tasks else []
     changes += ["search=true"] if search else []
     try:
-        settings = changed(GlueConfig(), config, [*changes, *(overrides or [])])
+        settings = load(GlueConfig, {}, None, config, [*changes, *(overrides or [])])
         if show:
             typer.echo(OmegaConf.to_yaml(OmegaConf.structured(settings)), nl=False)
             return

@@ -20,20 +20,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from neobert.engine import CONFIG, NonFiniteLossError, prepare, start_accelerator
 from neobert.glue_data import LabelledBatch, packed_batches, read_examples, tokenize
 from neobert.glue_recipes import FinetuneConfig
 from neobert.glue_tasks import Task, find_task, score, scores
 from neobert.metrics import Metrics
 from neobert.model import NeoBERTForSequenceClassification
 from neobert.optim import adamw, learning_rate
-from neobert.pretrain import NonFiniteLossError, keep_batches
+from neobert.pretrain import keep_batches
 from neobert.randomness import ORDER, random_generator
-from neobert.recipes import changed, check_same_run, save_config
 from neobert.saving import (
     FOLDER,
     checkpoints,
@@ -43,9 +42,10 @@ from neobert.saving import (
     write_json,
     write_whole,
 )
+from neobert.settings import check_same_run, save_config
 from neobert.signals import stop_signals
 
-CONFIG, RESULT, MODEL, BEST = "config.yaml", "result.json", "model", "best.safetensors"
+RESULT, MODEL, BEST = "result.json", "model", "best.safetensors"
 
 # As in pre-training: of anything else a change would make it another run.
 MAY_CHANGE = {"output", "max_tokens", "padded", "log_every", "save_every", "tensorboard"}
@@ -107,12 +107,11 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     began = time.perf_counter()
     output, task = Path(config.output), find_task(config.task)
     if (output / CONFIG).exists():
-        begun = changed(FinetuneConfig(task=config.task), output / CONFIG)
-        check_same_run(output / CONFIG, begun, config, MAY_CHANGE)
+        check_same_run(output / CONFIG, config, MAY_CHANGE)
     if (output / RESULT).exists():
         shutil.rmtree(output / FOLDER, ignore_errors=True)  # if it was killed just before that
         return load_result(output)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+    accelerator = start_accelerator()
     if accelerator.num_processes > 1:
         raise ValueError(
             f"fine-tuning runs in one process, not in {accelerator.num_processes}: its batches are "
@@ -151,7 +150,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     optimizer = adamw(
         model, config.lr, (config.beta1, config.beta2), config.eps, config.weight_decay
     )
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = prepare(accelerator, model, optimizer)
     stopping = EarlyStopping(config.patience, **progress["stopping"])
     best: dict[str, Tensor] = {}
     if resume_from:
@@ -166,7 +165,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     # --- what the run says ------------------------------------------------------------------------
     output.mkdir(parents=True, exist_ok=True)
     save_config(config, output / CONFIG)
-    metrics = Metrics(output, step, steps, config.tensorboard, task.name)
+    metrics = Metrics(task.name, output, step, steps, config.tensorboard)
     metrics.say(
         f"{task.name}: {len(train):,} examples, {epoch_steps:,} steps of {config.batch_size} an "
         f"epoch, an evaluation every {interval}; lr {config.lr:g}, weight decay "
@@ -236,7 +235,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
                 progress["seconds"] = time.perf_counter() - began
                 save_checkpoint(
                     output, step, accelerator, model, optimizer, tokenizer, progress, keep=1,
-                    extras=write_best,
+                    write_more=write_best,
                 )  # fmt: skip
             if to_go_on and stop.requested:
                 result.stopped = "signal"

@@ -11,7 +11,7 @@ from typing import Any
 
 from neobert.glue_data import HUB
 from neobert.glue_tasks import TASKS, find_task
-from neobert.recipes import PRECISIONS
+from neobert.settings import PRECISIONS, at_least, one_of
 
 POINT = ("batch_size", "lr", "weight_decay")
 # Of the best run of NeoBERT_4096: the paper's Table 6.
@@ -68,15 +68,9 @@ class FinetuneSettings:
     tensorboard: bool = False
 
     def __post_init__(self):
-        if self.precision not in PRECISIONS:
-            raise ValueError(
-                f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
-            )
-        for name in ("batch_size", "epochs", "patience", "evaluate_every", "evaluations_per_epoch",
-                     "max_tokens", "log_every", "save_every"):  # fmt: skip
-            value = getattr(self, name, None)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        one_of(self, PRECISIONS, "precision")
+        at_least(self, 1, "epochs", "patience", "evaluate_every", "evaluations_per_epoch",
+                 "max_tokens", "log_every", "save_every")  # fmt: skip
 
 
 @dataclass
@@ -101,7 +95,9 @@ class FinetuneConfig(FinetuneSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        self.task = find_task(self.task).name
+        at_least(self, 1, "batch_size")
+        if self.task != "???":  # not given yet
+            self.task = find_task(self.task).name
 
     def evaluation_interval(self, batches: int) -> int:
         """Steps between evaluations, at least 1; batches: of an epoch."""

@@ -18,10 +18,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from neobert.engine import NonFiniteLossError
 from neobert.glue import MODEL, RESULT, FinetuneResult, finetune
 from neobert.glue_recipes import FinetuneConfig, GlueConfig
 from neobert.glue_tasks import TASKS
-from neobert.pretrain import NonFiniteLossError
 from neobert.saving import write_json
 
 BEST, RESULTS, TABLE = "best.json", "results.json", "results.md"

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import ConstantInputWarning, pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from neobert.recipes import nearest
+from neobert.settings import nearest
 
 LOWEST, HIGHEST = 0.0, 5.0  # STS-B's scores
 TRAIN = "train"

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import signal
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -22,14 +21,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from neobert.corpus import open_texts, text_batches
 from neobert.data import Corpus, MaskedBatch, TrainingStream
 from neobert.demo import train_tokenizer
+from neobert.engine import CONFIG, NonFiniteLossError, prepare, start_accelerator, whole
 from neobert.masking import IGNORE_INDEX, Masking
 from neobert.metrics import (
     PLOT,
@@ -43,7 +41,7 @@ from neobert.metrics import (
 from neobert.model import NeoBERTLMHead
 from neobert.optim import adamw, learning_rate
 from neobert.readers import Cut
-from neobert.recipes import PretrainConfig, check_same_run, load_config, save_config
+from neobert.recipes import PretrainConfig
 from neobert.saving import (
     check_shape,
     checkpoints,
@@ -52,10 +50,11 @@ from neobert.saving import (
     load_progress,
     save_checkpoint,
 )
+from neobert.settings import check_same_run, save_config
 from neobert.shards import TokenShards, is_prepared
 from neobert.signals import stop_signals
 
-CONFIG, TOKENIZER = "config.yaml", "tokenizer"
+TOKENIZER = "tokenizer"
 TOKENIZER_TEXTS = 200_000  # that a tokenizer is trained on
 
 # A run may go on with other values of these. Of anything else a change would make what follows
@@ -63,10 +62,6 @@ TOKENIZER_TEXTS = 200_000  # that a tokenizer is trained on
 MAY_CHANGE = {"output", "micro_batch_bins", "padded", "precision", "gradient_checkpointing",
               "compile", "validate_every", "log_every", "save_every", "keep_checkpoints",
               "tensorboard", "steps", "tokenizer"}  # fmt: skip
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss or the gradient is NaN or infinite; the message says where the batch is."""
 
 
 @dataclass
@@ -93,12 +88,7 @@ def pretrain(config: PretrainConfig) -> Result:
     # --- processes and devices --------------------------------------------------------------------
     began = time.perf_counter()
     output = Path(config.output)
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),  # or accelerate ignores torchrun on a machine without
-        mixed_precision="no",  # it would cast the residual stream too: see `forward`
-        gradient_accumulation_steps=1,  # until the number of processes is known
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
+    accelerator = start_accelerator()
     processes, rank = accelerator.num_processes, accelerator.process_index
     lanes = range(rank, config.batch_bins, processes)
     if config.batch_bins % (processes * config.micro_batch_bins):
@@ -116,8 +106,7 @@ def pretrain(config: PretrainConfig) -> Result:
     resume_from = next(reversed(checkpoints(output)), None)
     progress: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "lanes": {}}
     if resume_from:
-        begun = load_config(file=output / CONFIG)
-        check_same_run(output / CONFIG, begun, config, MAY_CHANGE)
+        check_same_run(output / CONFIG, config, MAY_CHANGE)
         progress = load_progress(resume_from)
     step = progress["step"]
     began -= progress["seconds"]
@@ -165,10 +154,7 @@ def pretrain(config: PretrainConfig) -> Result:
     optimizer = adamw(
         model, config.lr, (config.beta1, config.beta2), config.eps, config.weight_decay
     )
-    with warnings.catch_warnings():
-        # torch renames broadcast_buffers; accelerate does not know the new name yet.
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = prepare(accelerator, model, optimizer)
     if weights_from and has_optimizer(weights_from):
         load_optimizer(Path(weights_from), accelerator, model, optimizer)
     model.train()
@@ -176,7 +162,7 @@ def pretrain(config: PretrainConfig) -> Result:
     # --- what the run says ------------------------------------------------------------------------
     metrics, peak = None, math.nan
     if accelerator.is_main_process:
-        metrics = Metrics(output, step, config.steps, config.tensorboard)
+        metrics = Metrics("pretrain", output, step, config.steps, config.tensorboard)
         low = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         peak = matmul_rate(accelerator.device, low) * processes
         metrics.say(
@@ -316,14 +302,6 @@ def forward(
         hits[0] = (out.logits.argmax(-1) == labels).sum()
         hits[1] = len(labels)
     return out.loss, hits
-
-
-def whole(norm: Tensor | float | None, like: Tensor) -> Tensor:
-    """A gradient norm as (1,) of the dtype and device of `like`; FSDP's comes as a DTensor, and
-    DeepSpeed has none before its first step."""
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
-    return torch.as_tensor(0.0 if norm is None else norm).to(like).reshape(1)
 
 
 @torch.no_grad()

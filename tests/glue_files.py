@@ -9,7 +9,7 @@ from pathlib import Path
 from neobert.checkpoint import write_random_checkpoint
 from neobert.config import NeoBERTConfig
 from neobert.glue_recipes import FinetuneConfig, GlueConfig
-from neobert.recipes import changed
+from neobert.settings import load
 from tests.checkpoints import WORDS, word_tokenizer
 
 PARSES = "( a )\t( b )\t(ROOT a)\t(ROOT b)"
@@ -163,10 +163,10 @@ SETTINGS = {
 def run_settings(model: Path, data: Path, output: Path, **changes: object) -> FinetuneConfig:
     values = SETTINGS | {"batch_size": 8, "lr": "3e-3"}
     values |= {"model": model, "data": data, "output": output, "task": "rte"} | changes
-    return changed(FinetuneConfig(task="rte"), None, [f"{k}={v}" for k, v in values.items()])
+    return load(FinetuneConfig, {}, overrides=[f"{k}={v}" for k, v in values.items()])
 
 
 def glue_settings(model: Path, data: Path, output: Path, **changes: object) -> GlueConfig:
     values = SETTINGS | {"model": model, "data": data, "output": output} | changes
     overrides = [f"{name.replace('__', '.')}={value}" for name, value in values.items()]
-    return changed(GlueConfig(), None, overrides)
+    return load(GlueConfig, {}, overrides=overrides)

@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from neobert.engine import NonFiniteLossError
 from neobert.glue import EarlyStopping, FinetuneResult, finetune, forward, load_model
 from neobert.glue_data import packed_batches, read_examples
 from neobert.glue_recipes import FinetuneConfig
 from neobert.glue_tasks import find_task
 from neobert.metrics import Metrics, read_metrics
 from neobert.plain import PlainNeoBERT
-from neobert.pretrain import NonFiniteLossError
 from neobert.saving import SaveError, checkpoints, load_progress
 from tests.glue_files import run_settings, write_learnable, write_model, write_tsv
 from tests.runs import CONTEXT, curve

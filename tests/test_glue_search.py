@@ -1,5 +1,6 @@
 """GLUE as a whole: the search and its resumption, MNLI transfer, Table 3's row, the command."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from neobert.glue_recipes import TABLE_6, GlueConfig, Grid
 from neobert.glue_search import PAPER, GlueResult, glue, start, table
 from neobert.glue_tasks import TASKS
 from neobert.metrics import Metrics
-from neobert.recipes import changed
+from neobert.settings import load
 from tests.glue_files import SETTINGS, glue_settings, write_learnable, write_model
 from tests.test_glue import after
 
@@ -120,20 +121,20 @@ def test_a_run_that_diverges_does_not_end_a_search(model, data, tmp_path):
 
 
 def test_without_a_search_a_task_has_table_6s_settings():
-    config = changed(GlueConfig(), None, ["output=x", "tasks=[cola, stsb]", "seed=3"])
+    config = load(GlueConfig, {}, overrides=["output=x", "tasks=[cola, stsb]", "seed=3"])
     assert config.tasks == ["CoLA", "STS-B"]
     (point,) = config.points("CoLA")
     assert point == {"batch_size": 8, "lr": 8e-6, "weight_decay": 1e-5}
     run = config.run("CoLA", "m", Path("r"), point)
     assert (run.task, run.model, run.output, run.lr, run.seed) == ("CoLA", "m", "r", 8e-6, 3)
     assert (run.epochs, run.patience, run.evaluation_interval(10_000)) == (10, 15, 500)
-    config = changed(GlueConfig(), None, ["output=x", "lr=1e-4"])
+    config = load(GlueConfig, {}, overrides=["output=x", "lr=1e-4"])
     assert config.points("MNLI") == [{"batch_size": 16, "lr": 1e-4, "weight_decay": 1e-5}]
     assert set(TABLE_6) == {task.name for task in TASKS.values()} == set(config.tasks)
 
 
 def test_the_papers_grid():
-    config = changed(GlueConfig(), None, ["output=x", "search=true"])
+    config = load(GlueConfig, {}, overrides=["output=x", "search=true"])
     points = [tuple(point.values()) for point in config.points("RTE")]
     assert len(points) == len(set(points)) == 60
     assert set(TABLE_6.values()) <= set(points), "the best of the paper's runs are in it"
@@ -149,20 +150,20 @@ def test_the_papers_grid():
 ])  # fmt: skip
 def test_what_is_refused(override, error):
     with pytest.raises(ValueError, match=error):
-        changed(GlueConfig(), None, ["output=x", override])
+        load(GlueConfig, {}, overrides=["output=x", override])
 
 
 def test_a_search_has_no_settings_of_its_own_beside_the_grid():
     with pytest.raises(ValueError, match="lr: a search takes the values in grid"):
-        changed(GlueConfig(), None, ["output=x", "search=true", "lr=1e-3"])
+        load(GlueConfig, {}, overrides=["output=x", "search=true", "lr=1e-3"])
 
 
 def test_transfer_needs_mnli(tmp_path):
-    config = changed(GlueConfig(), None, [f"output={tmp_path}", "model=m"])
+    config = load(GlueConfig, {}, overrides=[f"output={tmp_path}", "model=m"])
     with pytest.raises(ValueError, match=r"RTE starts from the best run on MNLI, and .* has none"):
         start(config, "RTE")
     assert start(config, "CoLA") == "m"
-    assert start(changed(config, None, ["transfer=false"]), "RTE") == "m"
+    assert start(dataclasses.replace(config, transfer=False), "RTE") == "m"
 
 
 def test_the_row_of_table_3():
@@ -211,6 +212,6 @@ def test_show_prints_what_config_reads(tmp_path):
     code, said = invoke("--output", "x", "--tasks", "rte", "--search", "--show", "grid.lr=[1e-3]")
     assert code == 0, said
     (tmp_path / "shown.yaml").write_text(said)
-    shown = changed(GlueConfig(), tmp_path / "shown.yaml")
+    shown = load(GlueConfig, {}, file=tmp_path / "shown.yaml")
     assert shown.search and shown.grid == Grid(lr=[1e-3])
     assert OmegaConf.to_yaml(OmegaConf.structured(shown)) == said
