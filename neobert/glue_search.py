@@ -1,7 +1,7 @@
 """GLUE as a whole: its tasks in order, a grid searched or one run each, and Table 3's row.
 
     output/RTE/batch-8_lr-5e-06_decay-0.01/    a run, as `finetune` leaves it
-    output/RTE/best.json                       the best run so far, by its development score
+    output/RTE/best.json                       when all are done: the best, by development score
     output/results.json, results.md            the row of Table 3
 
 Started again it goes on: finished runs are read, the interrupted one continues from its checkpoint.
@@ -48,11 +48,9 @@ class GlueResult:
     @property
     def average(self) -> float | None:
         """Of all eight scores, as in Table 3; None while one is missing."""
-        return (
-            fmean(run["score"] for run in self.runs.values())
-            if len(self.runs) == len(NAMES)
-            else None
-        )
+        if len(self.runs) < len(NAMES):
+            return None
+        return fmean(run["score"] for run in self.runs.values())
 
 
 def glue(config: GlueConfig) -> GlueResult:

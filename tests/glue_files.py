@@ -9,6 +9,7 @@ from pathlib import Path
 from neobert.checkpoint import write_random_checkpoint
 from neobert.config import NeoBERTConfig
 from neobert.glue_recipes import FinetuneConfig, GlueConfig
+from neobert.metrics import Metrics
 from neobert.settings import load
 from tests.checkpoints import WORDS, word_tokenizer
 
@@ -170,3 +171,17 @@ def glue_settings(model: Path, data: Path, output: Path, **changes: object) -> G
     values = SETTINGS | {"model": model, "data": data, "output": output} | changes
     overrides = [f"{name.replace('__', '.')}={value}" for name, value in values.items()]
     return load(GlueConfig, {}, overrides=overrides)
+
+
+def after(steps, action):
+    """A Metrics.advance that does something after so many steps of this process."""
+    advance, taken = Metrics.advance, 0
+
+    def patched(self, loss):
+        nonlocal taken
+        advance(self, loss)
+        taken += 1
+        if taken == steps:
+            action()
+
+    return patched

@@ -21,7 +21,7 @@ from neobert.glue_tasks import find_task
 from neobert.metrics import Metrics, read_metrics
 from neobert.plain import PlainNeoBERT
 from neobert.saving import SaveError, checkpoints, load_progress
-from tests.glue_files import run_settings, write_learnable, write_model, write_tsv
+from tests.glue_files import after, run_settings, write_learnable, write_model, write_tsv
 from tests.runs import CONTEXT, curve
 
 pytestmark = [pytest.mark.no_poison, pytest.mark.usefixtures("one_thread")]
@@ -191,20 +191,6 @@ def test_a_run_without_progress_stops_early(model, data, tmp_path):
     weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
     start = load_file(model / "model.safetensors")
     assert all(torch.equal(weights[name], start[name]) for name in weights if name in start)
-
-
-def after(steps, action):
-    """A Metrics.advance that does something after so many steps of this process."""
-    advance, taken = Metrics.advance, 0
-
-    def patched(self, loss):
-        nonlocal taken
-        advance(self, loss)
-        taken += 1
-        if taken == steps:
-            action()
-
-    return patched
 
 
 def die(config, steps):

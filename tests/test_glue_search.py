@@ -17,8 +17,7 @@ from neobert.glue_search import PAPER, GlueResult, glue, start, table
 from neobert.glue_tasks import TASKS
 from neobert.metrics import Metrics
 from neobert.settings import load
-from tests.glue_files import SETTINGS, glue_settings, write_learnable, write_model
-from tests.test_glue import after
+from tests.glue_files import SETTINGS, after, glue_settings, write_learnable, write_model
 
 pytestmark = [pytest.mark.no_poison, pytest.mark.usefixtures("one_thread")]
 
