@@ -220,6 +220,12 @@ def encode(
         str | None,
         typer.Option(help="cpu, cuda or cuda:1.", show_default="the GPU if there is one"),
     ] = None,
+    batch_invariant: Annotated[
+        bool,
+        typer.Option(
+            "--batch-invariant", help="The same text gets the same bits in any batch and order."
+        ),
+    ] = False,
     progress: Annotated[
         bool | None,
         typer.Option(
@@ -241,7 +247,13 @@ def encode(
                 texts = read_texts(source, "stdin" if input == "-" else input, field)
                 total = None if input == "-" else count_lines(Path(input))
                 typer.echo(f"loading {model}", err=True)
-                encoder = Encoder.from_pretrained(model, device, dtype and dtype.value, max_length)
+                encoder = Encoder.from_pretrained(
+                    model,
+                    device,
+                    dtype and dtype.value,
+                    max_length,
+                    batch_invariant=batch_invariant,
+                )
                 writer.dim = encoder.dim
                 stream = encoder.encode_stream(
                     texts,

@@ -44,6 +44,7 @@ def samples(dtype):
         "pool_bwd": (torch.randn(3, DIM), cu_seqlens, TOKENS, False, dtype),
         "linear": (x, vocabulary, None),
         "linear_swiglu": (x, vocabulary),
+        "batch_invariant_linear": (x, vocabulary, torch.randn(TOKENS, 30)),
         "varlen_attention": (q, k, v, cu_seqlens, 7, 0.25),
         "varlen_attention_bwd": (out.clone(), q, k, v, out, lse, cu_seqlens, 7, 0.25),
         "linear_cross_entropy": (x, vocabulary, bias, some, -100),
