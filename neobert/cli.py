@@ -23,6 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from neobert import cli_eval, cli_train
 from neobert.encode import Encoder, TruncationWarning
+from neobert.memory import keep_freed_memory
 from neobert_kernels import __main__ as kernels
 from neobert_kernels import _compiled
 
@@ -296,6 +297,14 @@ def bench(
     plot: Annotated[
         bool, typer.Option("--plot", help="Also draw the table, beside the results file.")
     ] = False,
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile",
+            help="Instead: where NeoBERT's time goes, op by op against the roofline; "
+            "--quick takes 4 of its layers.",
+        ),
+    ] = False,
     models: Annotated[
         str, typer.Option(help="Names, comma-separated: neobert,neobert-plain,bert-base, …")
     ] = "",
@@ -328,6 +337,7 @@ def bench(
     --models neobert,neobert-plain,neobert-compiled, then the four base models, then the large.
     """
     # Here, for the other commands need none of transformers' encoders.
+    from neobert.breakdown.run import run as take_apart
     from neobert.throughput import results
     from neobert.throughput import run as throughput
     from neobert.throughput.plot import draw, find_plotting
@@ -347,6 +357,9 @@ def bench(
     except (ValueError, ImportError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
+    if profile:
+        path = take_apart(plan.device, plan.dtype, output, plot, quick, typer.echo)
+        return typer.echo(f"written to {path}", err=True)
     typer.echo(
         f"{len(plan.contestants)} models, {len(plan.workloads)} workloads, {plan.dtype} on "
         f"{plan.device}, at most {plan.seconds:.0f} s",
@@ -391,4 +404,5 @@ def info() -> None:
 
 
 def main() -> None:
+    keep_freed_memory()
     app(prog_name="neobert")
