@@ -16,7 +16,7 @@ from neobert_kernels.unchecked import (
     linear,
     linear_swiglu,
     rms_norm,
-    varlen_attention_qkv,
+    rotary_attention_,
 )
 
 
@@ -185,8 +185,10 @@ class NeoBERTBlock(GradientCheckpointingLayer):
         max_seqlen: int,
     ) -> Tensor:
         modules: Any = self._modules
-        qkv = self.rotated_qkv(hidden, cos, sin, positions)
-        attended = varlen_attention_qkv(qkv, cu_seqlens, max_seqlen, self.scale)
+        qkv = project(modules["qkv"], norm(modules["attention_norm"], hidden))
+        attended = rotary_attention_(
+            qkv, self.heads, cos, sin, positions, cu_seqlens, max_seqlen, self.scale
+        )
         hidden = project(modules["wo"], attended.flatten(1), hidden)
         return modules["ffn"](norm(modules["ffn_norm"], hidden), hidden)
 

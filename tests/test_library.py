@@ -99,6 +99,8 @@ def step(x, residual, weight, vocabulary, cos, sin, positions, cu_seqlens, label
     qkv = nk.linear(y, vocabulary[: 3 * DIM]).view(-1, 1, 3, DIM)
     qkv = nk.apply_rotary_qkv_(qkv, cos, sin, positions)
     attended = nk.varlen_attention_qkv(qkv, cu_seqlens, 64)
+    qkv = nk.linear(attended.flatten(1), vocabulary[: 3 * DIM])
+    attended = nk.rotary_attention_(qkv, 1, cos, sin, positions, cu_seqlens, 64)
     turned = nk.apply_rotary(attended, cos, sin, positions).flatten(1)
     hidden = nk.rms_norm(total + turned, weight)
     gated = nk.swiglu(nk.linear(hidden, vocabulary[: 2 * DIM]))
