@@ -28,6 +28,7 @@ from neobert.graphs import CudaCapturer, PackedGraphs
 from neobert.groups import check_text, check_unicode, in_groups
 from neobert.model import NeoBERT
 from neobert.packing import PackedBatch, pack, token_budget_batches
+from neobert.prepared import PreparedNeoBERT
 from neobert.text import TextTokenizer
 from neobert_kernels import pool
 
@@ -97,8 +98,12 @@ class Encoder:
     cuda_graphs: compute small batches, queries above all, as one replayed CUDA graph each
         (`neobert.graphs`). The first batch of a size waits for its capture. Batches beyond the
         largest graph are computed as ever; `stats.graphed` and the log say so.
+    fused_epilogues: compute a layer as five kernels, with norms, rotation, SwiGLU and residual adds
+        in the GEMMs' epilogues (`neobert.prepared`), from a copy of the weights as they are now.
+        For GPUs; its speed there is not measured yet, so it is not the default.
     Raises ValueError if `max_length` is beyond the model's, or if the tokenizer has ids that the
-    model has no embedding for, or if `cuda_graphs` are asked of a model that is not on a GPU.
+    model has no embedding for, or if `cuda_graphs` are asked of a model that is not on a GPU, or
+    `fused_epilogues` of one with adapters or hooks.
     """
 
     def __init__(
@@ -107,6 +112,7 @@ class Encoder:
         tokenizer: PreTrainedTokenizerBase,
         max_length: int | None = None,
         cuda_graphs: bool = False,
+        fused_epilogues: bool = False,
     ):
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -117,11 +123,12 @@ class Encoder:
                 f"{model.config.vocab_size}"
             )
         self.max_length = self._checked_max_length(max_length, model.config.max_length)
+        self._prepared = PreparedNeoBERT(model) if fused_epilogues else None
         self._graphs: PackedGraphs | None = None
         if cuda_graphs:
             self._graphs = PackedGraphs(
                 self._embed,
-                model,
+                self._prepared or model,
                 model.config.max_length,
                 model.config.pad_token_id or 0,
                 CudaCapturer(model.device),
@@ -136,6 +143,7 @@ class Encoder:
         dtype: torch.dtype | str | None = None,
         max_length: int | None = None,
         cuda_graphs: bool = False,
+        fused_epilogues: bool = False,
         **hub_options: Any,
     ) -> Encoder:
         """Load a checkpoint directory or a hub repository, `chandar-lab/NeoBERT` for one.
@@ -143,7 +151,7 @@ class Encoder:
         device: by default the GPU if there is one, else the CPU.
         dtype: "float32", "bfloat16", "float16" or the torch.dtype of the weights and activations;
             by default bfloat16 on a GPU and float32 on a CPU. Embeddings are float32 always.
-        max_length, cuda_graphs: see `Encoder`.
+        max_length, cuda_graphs, fused_epilogues: see `Encoder`.
         hub_options: passed on to transformers (revision, token, cache_dir, local_files_only, …).
         """
         if not Path(path_or_hub_id).is_dir() and not HUB_ID.fullmatch(str(path_or_hub_id)):
@@ -164,7 +172,7 @@ class Encoder:
             dtype = DTYPES[dtype]
         tokenizer = AutoTokenizer.from_pretrained(path_or_hub_id, **hub_options)
         model = NeoBERT.from_pretrained(path_or_hub_id, dtype=dtype, **hub_options)
-        return cls(model.to(device), tokenizer, max_length, cuda_graphs)
+        return cls(model.to(device), tokenizer, max_length, cuda_graphs, fused_epilogues)
 
     @property
     def device(self) -> torch.device:
@@ -363,12 +371,15 @@ class Encoder:
         return self._embed(batch, options.pooling, options.normalize)
 
     def _embed(self, batch: PackedBatch, pooling: Pooling, normalize: bool) -> Tensor:
-        hidden = self.model(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.positions[None],
-            cu_seqlens=batch.cu_seqlens,
-            max_seqlen=batch.max_seqlen,
-        ).last_hidden_state[0]
+        if self._prepared is not None:
+            hidden = self._prepared(batch)
+        else:
+            hidden = self.model(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.positions[None],
+                cu_seqlens=batch.cu_seqlens,
+                max_seqlen=batch.max_seqlen,
+            ).last_hidden_state[0]
         rows = pool(hidden, batch.cu_seqlens, pooling)
         return torch.nn.functional.normalize(rows, dim=-1) if normalize else rows
 
