@@ -153,6 +153,14 @@ def test_outliers_do_not_overflow(kernels, arch):
     assert (y == 128 * 128).all()
 
 
+def test_zeros(kernels, arch):
+    """A row of zeros is divided by sqrt(eps), and stays one."""
+    x = torch.zeros(3, 128, dtype=torch.float16)
+    weight = torch.ones(384, 128, dtype=torch.float16)
+    y = kernels.rms_linear_swiglu(x, reference_squares(x), weight, EPS)
+    assert (y == 0).all()
+
+
 def test_rows_do_not_depend_on_the_batch(kernels, arch):
     """Alone, among others, in another order: the same bits. Of small integers, whose products are
     exact in any order: the interpreter's own product rounds by a row's place in its tile."""
