@@ -48,7 +48,7 @@ TILES = {
     90: _HOPPER,
     100: _HOPPER,
 }
-_FLOAT32 = _PAIR | _POINTERS | {"BLOCK_M": 32, "num_stages": 2}
+_FLOAT32 = _SQUARE | _POINTERS | {"BLOCK_M": 32, "num_stages": 2}
 TILES_FLOAT32 = dict.fromkeys(_HOPPER, _FLOAT32)
 # Rows of a program of sum_of_squares, and warps.
 SQUARES = {"ROWS": 16, "num_warps": 4}
