@@ -46,7 +46,7 @@ table: setup
 	$(BIN)/neobert bench --plot
 	$(BIN)/python benchmarks/report.py --write
 
-GPU_OPS := rms_norm swiglu rotary pooling cross_entropy attention
+GPU_OPS := rms_norm swiglu rotary pooling cross_entropy attention epilogue
 OP_BENCHMARKS := $(patsubst %,benchmarks/bench_%.py,$(GPU_OPS))
 gpu: setup
 	$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('no CUDA GPU')"

@@ -29,6 +29,7 @@ from neobert.groups import check_text, check_unicode, in_groups
 from neobert.invariance import make_batch_invariant, unit_length
 from neobert.model import NeoBERT
 from neobert.packing import PackedBatch, pack, token_budget_batches
+from neobert.prepared import PreparedNeoBERT
 from neobert.text import TextTokenizer
 from neobert_kernels import pool
 
@@ -100,8 +101,12 @@ class Encoder:
         largest graph are computed as ever; `stats.graphed` and the log say so.
     batch_invariant: a text gets the same bits alone, in any batch and in any order. On CPUs
         without AMX it does so in any case; see `neobert.invariance`, also for its ValueError.
+    fused_epilogues: compute a layer as five kernels, with norms, rotation, SwiGLU and residual adds
+        in the GEMMs' epilogues (`neobert.prepared`), from a copy of the weights as they are now.
+        For GPUs; its speed there is not measured yet, so it is not the default.
     Raises ValueError if `max_length` is beyond the model's, or if the tokenizer has ids that the
-    model has no embedding for, or if `cuda_graphs` are asked of a model that is not on a GPU.
+    model has no embedding for, or if `cuda_graphs` are asked of a model that is not on a GPU, or
+    `fused_epilogues` of one with adapters or hooks, or both of batch_invariant and fused_epilogues.
     """
 
     def __init__(
@@ -111,7 +116,12 @@ class Encoder:
         max_length: int | None = None,
         cuda_graphs: bool = False,
         batch_invariant: bool = False,
+        fused_epilogues: bool = False,
     ):
+        if batch_invariant and fused_epilogues:
+            raise ValueError(
+                "batch_invariant and fused_epilogues: the fused kernels do not promise a text's bits"
+            )
         if batch_invariant:
             make_batch_invariant(model)
         self.model = model.eval()
@@ -123,11 +133,12 @@ class Encoder:
                 f"{model.config.vocab_size}"
             )
         self.max_length = self._checked_max_length(max_length, model.config.max_length)
+        self._prepared = PreparedNeoBERT(model) if fused_epilogues else None
         self._graphs: PackedGraphs | None = None
         if cuda_graphs:
             self._graphs = PackedGraphs(
                 self._embed,
-                model,
+                self._prepared or model,
                 model.config.max_length,
                 model.config.pad_token_id or 0,
                 CudaCapturer(model.device),
@@ -143,6 +154,7 @@ class Encoder:
         max_length: int | None = None,
         cuda_graphs: bool = False,
         batch_invariant: bool = False,
+        fused_epilogues: bool = False,
         **hub_options: Any,
     ) -> Encoder:
         """Load a checkpoint directory or a hub repository, `chandar-lab/NeoBERT` for one.
@@ -150,7 +162,7 @@ class Encoder:
         device: by default the GPU if there is one, else the CPU.
         dtype: "float32", "bfloat16", "float16" or the torch.dtype of the weights and activations;
             by default bfloat16 on a GPU and float32 on a CPU. Embeddings are float32 always.
-        max_length, cuda_graphs, batch_invariant: see `Encoder`.
+        max_length, cuda_graphs, batch_invariant, fused_epilogues: see `Encoder`.
         hub_options: passed on to transformers (revision, token, cache_dir, local_files_only, …).
         """
         if not Path(path_or_hub_id).is_dir() and not HUB_ID.fullmatch(str(path_or_hub_id)):
@@ -171,7 +183,9 @@ class Encoder:
             dtype = DTYPES[dtype]
         tokenizer = AutoTokenizer.from_pretrained(path_or_hub_id, **hub_options)
         model = NeoBERT.from_pretrained(path_or_hub_id, dtype=dtype, **hub_options)
-        return cls(model.to(device), tokenizer, max_length, cuda_graphs, batch_invariant)
+        return cls(
+            model.to(device), tokenizer, max_length, cuda_graphs, batch_invariant, fused_epilogues
+        )
 
     @property
     def device(self) -> torch.device:
@@ -370,12 +384,15 @@ class Encoder:
         return self._embed(batch, options.pooling, options.normalize)
 
     def _embed(self, batch: PackedBatch, pooling: Pooling, normalize: bool) -> Tensor:
-        hidden = self.model(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.positions[None],
-            cu_seqlens=batch.cu_seqlens,
-            max_seqlen=batch.max_seqlen,
-        ).last_hidden_state[0]
+        if self._prepared is not None:
+            hidden = self._prepared(batch)
+        else:
+            hidden = self.model(
+                input_ids=batch.input_ids[None],
+                position_ids=batch.positions[None],
+                cu_seqlens=batch.cu_seqlens,
+                max_seqlen=batch.max_seqlen,
+            ).last_hidden_state[0]
         rows = pool(hidden, batch.cu_seqlens, pooling)
         return unit_length(rows) if normalize else rows
 

@@ -9,6 +9,7 @@ a kernel per device; PyTorch's dispatcher chooses. `python -m neobert_kernels` p
 from . import _compiled, _gpu  # noqa: F401  (C++ kernels before any Python kernel for their key)
 from .attention import varlen_attention, varlen_attention_qkv
 from .cross_entropy import linear_cross_entropy
+from .epilogue import linear_add, rms_linear_rotary, rms_linear_swiglu, sum_of_squares
 from .linear import linear, linear_swiglu
 from .pooling import pool
 from .rms_norm import add_rms_norm, rms_norm
@@ -24,11 +25,15 @@ __all__ = [
     "apply_rotary",
     "apply_rotary_qkv_",
     "linear",
+    "linear_add",
     "linear_cross_entropy",
     "linear_swiglu",
     "pool",
+    "rms_linear_rotary",
+    "rms_linear_swiglu",
     "rms_norm",
     "rotary_attention_",
+    "sum_of_squares",
     "swiglu",
     "varlen_attention",
     "varlen_attention_qkv",

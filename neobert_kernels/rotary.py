@@ -69,18 +69,25 @@ def unchecked_apply_rotary_qkv_(qkv: Tensor, cos: Tensor, sin: Tensor, positions
 
 def _check(op: str, name: str, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
     check_dtype(op, **{name: x})
-    check_same_device(op, **{name: x}, cos=cos, sin=sin, positions=positions)
     if x.dim() == 0 or x.shape[-1] % 2 or x.stride(-1) != 1:
         raise ValueError(
             f"{op}: {name} must end in an even, contiguous head_dim,"
             f" got shape {tuple(x.shape)}, strides {x.stride()}"
         )
+    check_table(op, name, x, cos, sin, positions, x.shape[-1])
+
+
+def check_table(
+    op: str, name: str, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, head_dim: int
+) -> None:
+    """Raises unless the table is one of head_dim, with a position for each row of x."""
+    check_same_device(op, **{name: x}, cos=cos, sin=sin, positions=positions)
     for table_name, table in (("cos", cos), ("sin", sin)):
         if table.dtype != torch.float32:
             raise TypeError(f"{op}: {table_name} must be float32, got {table.dtype}")
-        if table.dim() != 2 or table.shape[1] != x.shape[-1] // 2 or table.shape != cos.shape:
+        if table.dim() != 2 or table.shape[1] != head_dim // 2 or table.shape != cos.shape:
             raise ValueError(
-                f"{op}: {table_name} must have shape (max_position, {x.shape[-1] // 2}) to match"
+                f"{op}: {table_name} must have shape (max_position, {head_dim // 2}) to match"
                 f" {name} {tuple(x.shape)} and cos {tuple(cos.shape)}, got {tuple(table.shape)}"
             )
     if positions.dtype not in (torch.int64, torch.int32):

@@ -42,6 +42,7 @@ def launches() -> Iterator[tuple[str, str, Callable[[], object]]]:
         )
     )  # fmt: skip
     yield from attention_launches()
+    yield from epilogue_launches()
     positions = labels = torch.zeros(4, dtype=torch.int64)
     cos = sin = torch.zeros(8, HEAD_DIM // 2)
     cu_seqlens = torch.tensor([0, 4], dtype=torch.int32)
@@ -119,6 +120,35 @@ def attention_launches() -> Iterator[tuple[str, str, Callable[[], object]]]:
                         torch.use_deterministic_algorithms(False)
 
                     yield "attention_bwd", name, backward
+
+
+def epilogue_launches() -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """As `launches`: the four GEMMs of a layer, with the residual stream in either dtype."""
+    epilogue = import_module("neobert_kernels.triton.epilogue")
+    tokens = 200
+    positions, cos = torch.zeros(tokens, dtype=torch.int64), torch.zeros(tokens, HEAD_DIM // 2)
+    half, full = torch.bfloat16, torch.float32
+    for dtype, stream in ((half, half), (half, full), (full, full)):
+        name = f"{dtype} on {stream}".replace("torch.", "")
+        x = torch.zeros(tokens, DIM, dtype=stream)
+        squares, gated = torch.zeros(tokens, DIM // 128), torch.zeros(tokens, WIDTH, dtype=dtype)
+        qkv, w12, w3 = (
+            torch.zeros(shape, dtype=dtype)
+            for shape in ((3 * DIM, DIM), (2 * WIDTH, DIM), (DIM, WIDTH))
+        )
+        table = (cos, cos, positions)
+        yield "epilogue", name, lambda x=x: epilogue.sum_of_squares(x)
+        yield (
+            "epilogue",
+            name,
+            lambda x=x, s=squares, w=qkv, t=table: epilogue.rms_linear_rotary(x, s, w, *t, 1e-5),
+        )
+        yield "epilogue", name, lambda g=gated, w=w3, x=x: epilogue.linear_add(g, w, x)
+        yield (
+            "epilogue",
+            name,
+            lambda x=x, s=squares, w=w12: epilogue.rms_linear_swiglu(x, s, w, 1e-5),
+        )
 
 
 def compile_all(arch: int) -> dict[str, dict[str, int]]:

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed (Linux only)")
 import budgets
 import triton
 
-from neobert_kernels.triton import cross_entropy, rms_norm
+from neobert_kernels.triton import cross_entropy, epilogue, rms_norm
 
 COMMITTED = json.loads(budgets.FILE.read_text())
 
@@ -56,11 +56,23 @@ def test_no_kernel_is_empty(measured):
 
 def _programs(arch: int, name: str, float32: bool) -> int:
     """How many programs of a kernel its tile table promises to a multiprocessor."""
+    if name.startswith("epilogue"):
+        return _programs_of_epilogue(arch, name, float32)
     products = cross_entropy.PRODUCTS_FLOAT32 if float32 else cross_entropy.PRODUCTS[arch]
     for product, tile in products.items():
         if name.startswith(f"cross_entropy {product}"):
             return tile["PROGRAMS"]
     return rms_norm.BACKWARD[arch]["PROGRAMS"] if name.startswith("rms_norm backward") else 1
+
+
+def _programs_of_epilogue(arch: int, name: str, float32: bool) -> int:
+    table = epilogue.TILES_FLOAT32 if float32 else epilogue.TILES[arch]
+    kernel, variant = name.removeprefix("epilogue ").split(", ")
+    if kernel == "squares":
+        return 1
+    kernel = kernel.split()[0]
+    wide = kernel == "add" and variant.endswith("on float32")
+    return table["add_float32" if wide else kernel]["PROGRAMS"]
 
 
 @pytest.mark.parametrize("arch", budgets.SHARED)

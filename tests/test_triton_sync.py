@@ -24,6 +24,8 @@ import neobert.layers
 import neobert.model
 import neobert_kernels
 from neobert import NeoBERT, NeoBERTForSequenceClassification, NeoBERTLMHead
+from neobert.packing import PackedBatch
+from neobert.prepared import PreparedNeoBERT
 from neobert_kernels import pool
 from neobert_kernels.triton import (
     _device,
@@ -31,6 +33,7 @@ from neobert_kernels.triton import (
     attention_bwd,
     batch_invariant_linear,
     cross_entropy,
+    epilogue,
     pooling,
     rms_norm,
     rotary,
@@ -50,6 +53,10 @@ LAUNCHERS = {
         (attention, ("varlen_attention",)),
         (attention_bwd, ("varlen_attention_bwd",)),
         (batch_invariant_linear, ("batch_invariant_linear",)),
+        (
+            epilogue,
+            ("sum_of_squares", "linear_add", "rms_linear_swiglu", "rms_linear_rotary"),
+        ),
         (cross_entropy, ("linear_cross_entropy", "linear_cross_entropy_grads")),
     )
     for name in names
@@ -147,6 +154,11 @@ def run_ops():
     backward(neobert_kernels.linear_cross_entropy(x, *head))
     with torch.no_grad():
         neobert_kernels.linear_cross_entropy(x, *head)
+        squares = neobert_kernels.sum_of_squares(x)
+        neobert_kernels.rms_linear_swiglu(x, squares, empty(4096, dim))
+        neobert_kernels.rms_linear_rotary(x, squares, empty(2304, dim), *table, positions)
+        for residual in (x, stream):
+            neobert_kernels.linear_add(x, empty(dim, dim), residual)
 
 
 def packed_input(tokens=50, sequences=4):
@@ -161,6 +173,7 @@ def packed_input(tokens=50, sequences=4):
 with torch.device("meta"):
     CONFIG = small_config(num_hidden_layers=2)
     ENCODER = NeoBERT(CONFIG).bfloat16().eval()
+    PREPARED = PreparedNeoBERT(ENCODER)
     CLASSIFIER = NeoBERTForSequenceClassification(CONFIG).bfloat16().eval()
     LANGUAGE_MODEL = NeoBERTLMHead(CONFIG).train()
 
@@ -175,6 +188,14 @@ def run_encoder():
     ENCODER(**packed | {"position_ids": None}, output_hidden_states=True)
     ENCODER(empty(3, 9, dtype=torch.int64))
     CLASSIFIER(**packed)
+
+
+@torch.inference_mode()
+def run_prepared():
+    """As `run_encoder`, of the encoder with fused epilogues."""
+    packed = packed_input()
+    ids, positions = packed["input_ids"][0], packed["position_ids"][0]
+    PREPARED(PackedBatch(ids, positions, packed["cu_seqlens"], packed["max_seqlen"]))
 
 
 def run_training_step(dtype=torch.bfloat16):
@@ -196,7 +217,13 @@ def run_training_step_under_autocast():
         run_training_step(torch.float32)
 
 
-PATHS = [run_ops, run_encoder, run_training_step, run_training_step_under_autocast]
+PATHS = [
+    run_ops,
+    run_encoder,
+    run_prepared,
+    run_training_step,
+    run_training_step_under_autocast,
+]
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -204,6 +231,9 @@ def test_nothing_waits_for_the_gpu(no_values, path):
     path()
     if path is run_ops:
         assert no_values.launched == LAUNCHERS.keys()
+    elif path is run_prepared:
+        fused = {"sum_of_squares", "rms_linear_rotary", "linear_add", "rms_linear_swiglu"}
+        assert no_values.launched == fused | {"varlen_attention", "rms_norm"}
     else:
         assert {"rms_norm", "rotary_qkv_", "varlen_attention", "linear"} <= no_values.launched
 

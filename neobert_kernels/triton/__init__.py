@@ -9,6 +9,7 @@ from . import (  # noqa: F401
     attention_bwd,
     batch_invariant_linear,
     cross_entropy,
+    epilogue,
     pooling,
     rms_norm,
     rotary,

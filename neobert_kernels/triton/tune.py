@@ -12,7 +12,17 @@ from typing import NamedTuple
 import torch
 import triton
 
-from . import _varlen, attention, attention_bwd, cross_entropy, pooling, rms_norm, rotary, swiglu
+from . import (
+    _varlen,
+    attention,
+    attention_bwd,
+    cross_entropy,
+    epilogue,
+    pooling,
+    rms_norm,
+    rotary,
+    swiglu,
+)
 from ._device import architecture
 
 TOKENS, DIM, HEADS, HEAD_DIM, WIDTH, VOCAB = 32768, 768, 12, 64, 2048, 30522
@@ -85,6 +95,7 @@ def candidates() -> Iterator[Candidate]:
         lambda: pooling.pool_bwd(pooled, cu_seqlens, TOKENS, True, x.dtype),
     )
     yield from attention_candidates(arch)
+    yield from epilogue_candidates(arch)
     head = torch.randn(VOCAB, DIM, dtype=torch.bfloat16, device="cuda") / DIM**0.5
     labels = torch.randint(VOCAB, (TOKENS,), device="cuda")
     labels[torch.rand(TOKENS, device="cuda") > MASKED] = -100
@@ -104,6 +115,44 @@ def candidates() -> Iterator[Candidate]:
             products,
             lambda: cross_entropy.linear_cross_entropy_grads(x, head, None, labels, -100),
         )
+
+
+def epilogue_candidates(arch: int) -> Iterator[Candidate]:
+    """Of the GEMMs with epilogues, w3 standing for wo too."""
+
+    def weight(out_features: int, in_features: int) -> torch.Tensor:
+        shape = (out_features, in_features)
+        return torch.randn(shape, dtype=torch.bfloat16, device="cuda") / in_features**0.5
+
+    x = torch.randn(TOKENS, DIM, dtype=torch.bfloat16, device="cuda")
+    gated = torch.randn(TOKENS, WIDTH, dtype=torch.bfloat16, device="cuda")
+    squares, stream = epilogue.sum_of_squares(x), x.float()
+    qkv, w12, w3 = weight(3 * DIM, DIM), weight(2 * WIDTH, DIM), weight(DIM, WIDTH)
+    table = torch.ones(512, HEAD_DIM // 2, device="cuda")
+    positions = torch.arange(TOKENS, device="cuda") % 512
+    calls = {
+        "swiglu": lambda: epilogue.rms_linear_swiglu(x, squares, w12, 1e-5),
+        "rotary": lambda: epilogue.rms_linear_rotary(
+            x, squares, qkv, table, table, positions, 1e-5
+        ),
+        "add": lambda: epilogue.linear_add(gated, w3, x),
+        "add_float32": lambda: epilogue.linear_add(gated, w3, stream),
+    }
+    for name, call in calls.items():
+        # The residual add's tile is as wide as a sum of squares.
+        widths = (epilogue.BLOCK,) if name.startswith("add") else (128, 256)
+        tiles = [
+            epilogue.TILES[arch][name]
+            | {"BLOCK_M": m, "BLOCK_N": n, "num_warps": w, "num_stages": s}
+            | {"PROGRAMS": p, "FLATTEN": f}
+            for m in (64, 128)
+            for n in widths
+            for w in (4, 8)
+            for s in (3, 4)
+            for p in (1, 2)
+            for f in (False, True)
+        ]
+        yield Candidate(f"epilogue, {name}", epilogue.TILES[arch], name, tiles, call)
 
 
 def attention_candidates(arch: int) -> Iterator[Candidate]:

@@ -8,6 +8,7 @@ since programs run in any order.
 import numpy as np
 import triton.runtime.interpreter as interpreter
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class _CheckedMemory:
@@ -78,7 +79,8 @@ def install() -> None:
     launch = interpreter.GridExecutor.__call__
 
     def checked_launch(self, *args, **kwargs):
-        memory.begin([arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)])
+        given = [a.base if isinstance(a, TensorDescriptor) else a for a in args]
+        memory.begin([a for a in (*given, *kwargs.values()) if isinstance(a, Tensor)])
         launch(self, *args, **kwargs)
         memory.end()
 
