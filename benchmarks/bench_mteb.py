@@ -18,6 +18,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from mteb._create_dataloaders import create_dataloader
 from mteb.mocks import MockRetrievalTask
@@ -28,6 +29,7 @@ from sentence_transformers.base.modules import InputModule
 from sentence_transformers.sentence_transformer.modules import Pooling
 
 from neobert.checkpoint import write_random_checkpoint
+from neobert.config import NeoBERTConfig
 from neobert.mteb import MTEBEncoder
 from neobert.plain import PlainNeoBERT
 from neobert.throughput.workloads import Workload, made_up_texts, made_up_tokenizer
@@ -159,3 +161,20 @@ def test_corpus(benchmark, checkpoint):
     info["live tok/s"] = {name: round(sum(lengths) / s, 1) for name, s in median.items()}
     info["times_ours"] = {name: round(median[name] / median["ours"], 3) for name in others}
     info["share_outside_model"] = round(1 - clock.seconds / sum(rounds), 4)
+
+
+def test_host(benchmark, tmp_path):
+    """All that is not the model: mteb's reading, tokenizing, packing, putting rows in order, with
+    the model's forward left out. A model that is faster than this waits for it."""
+    config = NeoBERTConfig(num_hidden_layers=1)
+    write_random_checkpoint(tmp_path, config)
+    made_up_tokenizer(VOCAB).save_pretrained(tmp_path)
+    model = MTEBEncoder(
+        str(tmp_path), device="cpu", max_length=512, max_tokens=32768, instructions=False
+    )
+    model.encoder._embed = lambda batch, *_: torch.zeros(batch.num_sequences, config.hidden_size)
+    documents = corpus(made_up_texts(Workload("strings", 512).lengths(4000), VOCAB))
+    benchmark.pedantic(encode, (model, documents), rounds=5, warmup_rounds=1)
+    if benchmark.stats is not None:
+        rate = model.encoder.stats.tokens / benchmark.stats.stats.median
+        benchmark.extra_info["tok/s"] = round(rate)

@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 from datasets import Dataset, DatasetDict
 from mteb.abstasks import (
     AbsTask,
@@ -231,11 +233,11 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             where = f"{path}, row {number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line)  # whose errors of encoding are ValueErrors too
             except ValueError as error:
                 raise ValueError(f"{where}: not JSON ({error}): {line!r:.80}") from error
             if not isinstance(row, dict):
@@ -244,10 +246,12 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
-    import pyarrow.parquet
-
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path}: {error}") from error
     number = 0
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+    for batch in file.iter_batches():
         for row in batch.to_pylist():
             number += 1
             yield f"{path}, row {number}", row
@@ -282,13 +286,15 @@ def _retrieval(folder: Path) -> AbsTask:
     for where, row in rows:
         ids = {"query-id": queries, "corpus-id": corpus}
         for column, known in ids.items():
-            if str(row[column]) not in known:
+            if str(row.get(column)) not in known:
                 file = files[1] if known is queries else files[0]
-                raise ValueError(f"{where}: the {column} {row[column]!r} is not in {file}")
+                raise ValueError(f"{where}: the {column} {row.get(column)!r} is not in {file}")
         try:
-            score = int(row["score"])
+            score = int(row.get("score"))  # type: ignore[arg-type]
         except (TypeError, ValueError):
-            raise ValueError(f"{where}: 'score' is {row['score']!r}, must be an integer") from None
+            raise ValueError(
+                f"{where}: 'score' is {row.get('score')!r}, must be an integer"
+            ) from None
         relevant.setdefault(str(row["query-id"]), {})[str(row["corpus-id"])] = score
     kind = Kind(AbsTaskRetrieval, "Retrieval", "ndcg_at_10", ("text",), "score", "", int)
     split = {

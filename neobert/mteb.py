@@ -43,8 +43,6 @@ PAPER = """@misc{lebreton2025neobert,
   title={NeoBERT: A Next-Generation BERT},
   author={Lola Le Breton and Quentin Fournier and Mariam El Mezouar and Sarath Chandar},
   year={2025}, eprint={2502.19587}, archivePrefix={arXiv}, primaryClass={cs.CL}}"""
-# Texts that mteb's DataLoader collates at once; it decides nothing but how fast they are read.
-READ_BATCH = 1024
 # The files that decide a directory's vectors.
 MODEL_FILES = (
     "*.safetensors",
@@ -310,10 +308,7 @@ def evaluate(
                 task,
                 cache=cache,
                 co2_tracker=False,
-                encode_kwargs={
-                    "batch_size": READ_BATCH,
-                    "show_progress_bar": show_progress_bar,
-                },
+                encode_kwargs={"show_progress_bar": show_progress_bar},
                 show_progress_bar=False,
             ).task_results
             score = result.get_score()

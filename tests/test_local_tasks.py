@@ -160,10 +160,12 @@ def test_errors_name_the_file_and_the_row(tmp_path, rows, error, suffix):
     ("a.csv", "", "has no rows"),
     ("a.jsonl", '{"sentence1": "x"\n', r"a\.jsonl, row 1: not JSON"),
     ("a.jsonl", "[1]\n", "row 1: not a JSON object"),
+    ("a.jsonl", "\udcff\n", r"a\.jsonl, row 1: not JSON"),
+    ("a.parquet", "x", r"a\.parquet: Parquet"),
     ("a.txt", "x", r"must end in \.csv, \.tsv, \.jsonl, \.parquet"),
 ])  # fmt: skip
 def test_files_that_cannot_be_read(tmp_path, name, text, error):
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=error):
         local_task(tmp_path / name)
 

@@ -138,6 +138,17 @@ def test_an_embedding_that_is_not_finite_stops_with_its_text(checkpoint, tmp_pat
         encode(model, ["a text"], precision="int8")
 
 
+def test_a_score_that_is_none_is_an_error(checkpoint, tmp_path, monkeypatch):
+    model = MTEBEncoder(str(checkpoint), device="cpu")
+    write_sts(tmp_path / "sts.jsonl")
+    monkeypatch.setattr(  # the same for all texts, so that nothing correlates with it
+        model.encoder, "encode", lambda texts, *_, **__: np.ones((len(texts), 8), np.float32)
+    )
+    for _ in range(2):  # computed, then cached
+        with pytest.raises(EvaluationError, match=r"its cosine_spearman is nan \(.*\.json\)"):
+            list(evaluate(model, select_tasks([str(tmp_path / "sts.jsonl")]), tmp_path / "out"))
+
+
 def test_model_meta(checkpoint, model, tmp_path):
     meta = model.mteb_model_meta
     assert meta.name == f"local/{checkpoint.name}" and len(meta.revision) == 40
@@ -350,8 +361,8 @@ def test_mtebs_own_tasks_on_data_sets_in_a_folder(checkpoint, model, tmp_path, m
     loaded = mteb.ResultCache(tmp_path / "out").load_results(tasks=["STSBenchmark", "NFCorpus"])
     [of_model] = loaded.model_results
     assert of_model.model_name == f"local/{checkpoint.name}" and len(of_model.task_results) == 2
-    # The tasks that mteb keeps are as they were.
-    assert mteb.get_task("STSBenchmark").metadata.dataset["path"] == "mteb/stsbenchmark-sts"
+    [kept] = select_tasks(["STSBenchmark"])  # the benchmark's own, as it was
+    assert kept.metadata.dataset["path"] == "mteb/stsbenchmark-sts"
     with pytest.raises(ValueError, match=r"STS12: there is no folder .*sts12-sts; to have it"):
         select_tasks(["STS12"], data=tmp_path / "data")
     with pytest.raises(ValueError, match="CQADupstackAndroidRetrieval: there is no folder"):
