@@ -1,4 +1,4 @@
-"""The layer's four GEMMs with their epilogues, and the layer, against the kernels that they replace:
+"""The layer's four GEMMs with their epilogues, and the layer, against the kernels they replace:
 PyTorch's GEMM and our norm, rotary, SwiGLU and residual add beside it. On a GPU, for inference.
 
 An epilogue stays only where "fused" is at least 3 % faster than "separate" at every size.
