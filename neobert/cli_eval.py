@@ -107,6 +107,7 @@ def perplexity(
             resume,
             score_line,
         )
+        from neobert.signals import Stopped, stopped_by_signals
     except ImportError as error:
         raise need_extra(error) from error
     disable_progress_bar()  # transformers', for loading the weights
@@ -132,6 +133,7 @@ def perplexity(
         work = sum(len(each.ids) * len(each.places) for each in todo)
         hidden = None if progress is None else not progress
         with (
+            stopped_by_signals(),
             open(output, "a") as lines,
             tqdm(total=work, desc="perplexity", unit="tok", unit_scale=True, disable=hidden) as bar,
         ):
@@ -143,9 +145,9 @@ def perplexity(
         if plot:
             others = {path.stem: read_scores(path) for path in beside or []}
             plot_by_length({output.stem: scores, **others}, plot)
-    except KeyboardInterrupt:
-        typer.echo(f"stopped: {len(scores)} documents are in {output}", err=True)
-        raise typer.Exit(130) from None
+    except Stopped as stopped:
+        typer.echo(f"{stopped}: stopped, {len(scores)} documents are in {output}", err=True)
+        raise typer.Exit(stopped.exit_code) from None
     except (ValueError, OSError) as error:
         raise fail(error) from error
     masked = sum(score.masked for score in scores)

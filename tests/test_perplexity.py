@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from neobert import perplexity
 from neobert.cli import app
 from neobert.perplexity import Document, Score, Scorer, masked_batches, read_scores, resume
 from neobert.plain import PlainNeoBERT
+from neobert.signals import Stopped
 from tests.accuracy import assert_accurate
 from tests.tiny import MAX_LENGTH, texts, write_tiny_checkpoint
 
@@ -219,13 +221,13 @@ def test_the_command_goes_on_after_an_interruption(tmp_path, checkpoint, monkeyp
 
     def interrupted(self, *batch):
         if len(once) == 2:
-            raise KeyboardInterrupt
+            raise Stopped(signal.SIGTERM)
         once.append(1)
         return whole(self, *batch)
 
     monkeypatch.setattr(Scorer, "_losses", interrupted)
     code, said = run(*command)
-    assert code == 130 and "stopped: " in said
+    assert code == 143 and "SIGTERM: stopped, " in said
     kept = read_scores(output)
     assert 0 < len(kept) < 5
     with open(output, "a") as file:
