@@ -24,7 +24,8 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from neobert.checkpoint import write_random_checkpoint
-from neobert.demo import standard_library_docstrings, train_tokenizer
+from neobert.demo import train_tokenizer
+from neobert.docstrings import standard_library_docstrings
 from neobert.encode import Encoder
 from neobert.packing import pack
 from neobert.plain import PlainNeoBERT

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from neobert.checkpoint import write_random_checkpoint
-from neobert.demo import standard_library_docstrings, train_tokenizer
+from neobert.demo import train_tokenizer
+from neobert.docstrings import standard_library_docstrings
 from neobert.model import NeoBERTLMHead
 from neobert.perplexity import Document, Scorer
 from neobert.plain import PlainNeoBERT

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from neobert.checkpoint import write_random_checkpoint
 from neobert.config import NeoBERTConfig
 from neobert.data import MaskedBatch, masked
-from neobert.demo import standard_library_docstrings, train_tokenizer
+from neobert.demo import train_tokenizer
+from neobert.docstrings import standard_library_docstrings
 from neobert.masking import IGNORE_INDEX, Masking
 from neobert.model import NeoBERTLMHead
 from neobert.optim import adamw

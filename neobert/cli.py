@@ -1,4 +1,4 @@
-"""The `neobert` command: embed texts, pre-train, measure throughput, and say what runs here."""
+"""The `neobert` command: embed texts, train, measure throughput, and say what runs here."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(cli_train.pretrain)
+app.command()(cli_train.contrastive)
 app.command()(cli_train.prepare)
 app.command()(cli_search.index)
 app.command()(cli_search.search)

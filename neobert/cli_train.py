@@ -1,4 +1,4 @@
-"""The training commands: `neobert pretrain` and `neobert prepare`."""
+"""The training commands: `neobert pretrain`, `neobert contrastive` and `neobert prepare`."""
 
 from __future__ import annotations
 
@@ -82,6 +82,82 @@ def pretrain(
         raise _fail(error) from error
     if PartialState().is_main_process:
         typer.echo(f"step {result.step}: loss {result.loss:.4f}, checkpoint {result.checkpoint}")
+    if result.stopped_by:
+        raise typer.Exit(128 + result.stopped_by)
+
+
+def contrastive(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="key=value: steps=500, batch_size=256, data.0.min_score=4. The last word.",
+            metavar="[KEY=VALUE]...",
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="neobert, the paper's recipe without its data, or tiny.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False,
+            exists=True,
+            help="A YAML file of settings; configs/contrastive-paper.yaml has the paper's data.",
+        ),
+    ] = None,
+    start_from: Annotated[
+        str | None,
+        typer.Option(
+            help="The pre-trained model: a checkpoint, a run of `neobert pretrain`, a hub "
+            "repository.",
+            show_default="the preset's",
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            help="Directory for checkpoints, metrics and the model; a run there is continued.",
+            show_default="runs/PRESET-contrastive",
+        ),
+    ] = None,
+    show: Annotated[
+        bool, typer.Option("--show", help="Print the settings as YAML, and do nothing.")
+    ] = False,
+) -> None:
+    """Train a pre-trained encoder to embed, on pairs of texts that belong together.
+
+    Settings are the preset's, changed by --config, by the other options, and by KEY=VALUE, whose
+    `data` lists the data sets: files, hub data sets, their columns and instructions. On several
+    GPUs start it with `torchrun -m neobert contrastive …` or `accelerate launch -m neobert
+    contrastive …`. SIGTERM saves a checkpoint and stops; the same command goes on from there. The
+    finished model, in OUTPUT/model, is a folder for sentence-transformers and `neobert encode`.
+    """
+    try:
+        from accelerate import PartialState
+        from omegaconf import OmegaConf
+        from transformers.utils.logging import disable_progress_bar
+
+        from neobert.contrastive import contrastive as run
+        from neobert.contrastive_recipes import load_config
+        from neobert.saving import SaveError
+    except ImportError as error:
+        raise _need_extra(error) from error
+    given = [f"start_from={start_from}"] if start_from else []
+    given += [f"output={output}"] if output else []
+    try:
+        settings = load_config(preset, config, [*given, *(overrides or [])])
+        if show:
+            typer.echo(OmegaConf.to_yaml(OmegaConf.structured(settings)), nl=False)
+            return
+        disable_progress_bar()  # transformers', for writing and loading weights
+        result = run(settings)
+    except (ValueError, FileNotFoundError, SaveError, RuntimeError) as error:
+        raise _fail(error) from error
+    if PartialState().is_main_process:
+        typer.echo(
+            f"step {result.step}: loss {result.loss:.4f}, accuracy {result.accuracy:.4f}, "
+            + (f"model {result.model}" if result.model else f"checkpoint {result.checkpoint}")
+        )
     if result.stopped_by:
         raise typer.Exit(128 + result.stopped_by)
 

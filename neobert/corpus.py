@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import glob
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,7 +14,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 from datasets.distributed import split_dataset_by_node
 from datasets.exceptions import DatasetGenerationError
 
-from neobert.demo import standard_library_docstrings
+from neobert.docstrings import standard_library_docstrings
 from neobert.encode import HUB_ID
 
 DOCSTRINGS = "docstrings"
@@ -71,15 +71,8 @@ def _load(source: Source) -> Dataset | IterableDataset:
     path = source.path
     if path == DOCSTRINGS:
         return Dataset.from_dict({"text": standard_library_docstrings()})
-    files = sorted(glob.glob(path, recursive=True))
+    kind, files = files_of_one_kind(path, FILES)
     if files:
-        kinds = {FILES.get(Path(name.removesuffix(".gz")).suffix) for name in files}
-        kind = kinds.pop()
-        if kinds or kind is None:
-            raise ValueError(
-                f"{path}: the files must all be of one kind, one of {', '.join(FILES)}, each also "
-                f".gz; got {', '.join(files[:3])}"
-            )
         if not sum(Path(name).stat().st_size for name in files):
             raise ValueError(f"{path} has no documents: {len(files)} empty file(s)")
         return load_dataset(kind, data_files=files, split="train", streaming=source.streaming)
@@ -89,6 +82,19 @@ def _load(source: Source) -> Dataset | IterableDataset:
             f"the hub (owner/name) nor {DOCSTRINGS!r}"
         )
     return load_dataset(path, source.subset, split=source.split, streaming=source.streaming)
+
+
+def files_of_one_kind(path: str, kinds: Mapping[str, str]) -> tuple[str, list[str]]:
+    """The files that `path` names or matches, sorted, and their kind; none of a path that is no
+    file. kinds: kind by suffix, which .gz may follow. Raises ValueError for several kinds."""
+    files = sorted(glob.glob(path, recursive=True))
+    found = {kinds.get(Path(name.removesuffix(".gz")).suffix, "") for name in files}
+    if len(found) > 1 or "" in found:
+        raise ValueError(
+            f"{path}: the files must all be of one kind, one of {', '.join(kinds)}, each also .gz; "
+            f"got {', '.join(files[:3])}"
+        )
+    return "".join(found), files
 
 
 def text_batches(

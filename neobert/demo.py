@@ -9,9 +9,7 @@ real checkpoint). Then the same texts go through plain PyTorch and through `Enco
 from __future__ import annotations
 
 import argparse
-import ast
 import random
-import sysconfig
 import tempfile
 import time
 import warnings
@@ -36,6 +34,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from neobert.checkpoint import write_random_checkpoint
 from neobert.config import NeoBERTConfig
+from neobert.docstrings import standard_library_docstrings
 from neobert.encode import Encoder, TruncationWarning
 from neobert.plain import PlainNeoBERT
 from neobert_kernels import _compiled
@@ -49,30 +48,6 @@ ALPHABET = 1000  # letters of a tokenizer at most, as BERT's trainer has it
 # The first ids of BERT's vocabulary: [PAD] is 0, [UNK] 100, [CLS] 101, [SEP] 102 and [MASK] 103.
 UNUSED = [f"[unused{index}]" for index in range(99)]
 SPECIAL = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-
-
-def docstrings(folder: Path) -> Iterator[str]:
-    """Docstrings of all modules, classes and functions under `folder`, without importing any."""
-    for path in sorted(folder.rglob("*.py")):
-        parts = path.relative_to(folder).parts
-        if {"site-packages", "dist-packages", "test", "tests"} & set(parts):
-            continue
-        try:
-            with warnings.catch_warnings():  # about escapes in other people's code
-                warnings.simplefilter("ignore")
-                module = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):  # a file for 2to3 or for testing the parser
-            continue
-        for node in ast.walk(module):
-            if isinstance(
-                node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-            ) and (text := ast.get_docstring(node)):
-                yield text
-
-
-def standard_library_docstrings() -> list[str]:
-    """The distinct docstrings of the installed Python's standard library, in a fixed order."""
-    return list(dict.fromkeys(docstrings(Path(sysconfig.get_path("stdlib")))))
 
 
 def train_tokenizer(

@@ -66,11 +66,12 @@ def unigram_entropy(batches: list[MaskedBatch], special_ids: tuple[int, ...]) ->
 class Metrics:
     """Writes what a run measures, in the main process.
 
+    name: of the command, beside the progress bar.
     step: the step the run goes on from: what an interrupted run had written beyond it is dropped.
         At 0 that is everything.
     """
 
-    def __init__(self, output: Path, step: int, steps: int, tensorboard: bool):
+    def __init__(self, name: str, output: Path, step: int, steps: int, tensorboard: bool):
         self.path = output / METRICS
         self.records = [r for r in read_metrics(output) if r["step"] <= step and step > 0]
         unfinished = self.path.with_name(f".{METRICS}.unfinished")
@@ -82,7 +83,7 @@ class Metrics:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
-        self.progress = tqdm(total=steps, initial=step, desc="pretrain", unit="step", disable=None)
+        self.progress = tqdm(total=steps, initial=step, desc=name, unit="step", disable=None)
 
     def write(self, step: int, **values: float) -> None:
         record = {"step": step, **values}
@@ -121,20 +122,22 @@ def read_metrics(output: Path) -> list[dict]:
     return records
 
 
-def plot_losses(records: list[dict], path: Path) -> None:
+def plot_losses(
+    records: list[dict], path: Path, label: str = "masked-LM loss (nats per masked token)"
+) -> None:
     """Training and validation loss over steps, and the validation texts' unigram entropy."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for name, label in (("loss", "training"), ("validation_loss", "validation")):
+    for name, line in (("loss", "training"), ("validation_loss", "validation")):
         points = [(r["step"], r[name]) for r in records if name in r]
         if points:
-            axes.plot(*zip(*points, strict=True), label=label, linewidth=1)
+            axes.plot(*zip(*points, strict=True), label=line, linewidth=1)
     for record in records:
         if UNIGRAMS in record:
             axes.axhline(record[UNIGRAMS], color="grey", linestyle="--", label="unigram entropy")
-    axes.set(xlabel="step", ylabel="masked-LM loss (nats per masked token)")
+    axes.set(xlabel="step", ylabel=label)
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import signal
 import time
-import warnings
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -21,14 +20,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from neobert.corpus import open_texts, text_batches
 from neobert.data import Corpus, MaskedBatch, TrainingStream
 from neobert.demo import train_tokenizer
+from neobert.engine import CONFIG, NonFiniteLossError, prepare, start_accelerator, whole
 from neobert.masking import IGNORE_INDEX, Masking
 from neobert.metrics import (
     PLOT,
@@ -42,7 +40,7 @@ from neobert.metrics import (
 from neobert.model import NeoBERTLMHead
 from neobert.optim import adamw, learning_rate
 from neobert.readers import Cut
-from neobert.recipes import PretrainConfig, load_config, save_config
+from neobert.recipes import PretrainConfig
 from neobert.saving import (
     check_shape,
     checkpoints,
@@ -51,10 +49,11 @@ from neobert.saving import (
     load_progress,
     save_checkpoint,
 )
+from neobert.settings import check_same_run, save_config
 from neobert.shards import TokenShards, is_prepared
 from neobert.signals import stop_signals
 
-CONFIG, TOKENIZER = "config.yaml", "tokenizer"
+TOKENIZER = "tokenizer"
 TOKENIZER_TEXTS = 200_000  # that a tokenizer is trained on
 
 # A run may go on with other values of these. Of anything else a change would make what follows
@@ -62,10 +61,6 @@ TOKENIZER_TEXTS = 200_000  # that a tokenizer is trained on
 MAY_CHANGE = {"output", "micro_batch_bins", "padded", "precision", "gradient_checkpointing",
               "compile", "validate_every", "log_every", "save_every", "keep_checkpoints",
               "tensorboard", "steps", "tokenizer"}  # fmt: skip
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss or the gradient is NaN or infinite; the message says where the batch is."""
 
 
 @dataclass
@@ -92,12 +87,7 @@ def pretrain(config: PretrainConfig) -> Result:
     # --- processes and devices --------------------------------------------------------------------
     began = time.perf_counter()
     output = Path(config.output)
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),  # or accelerate ignores torchrun on a machine without
-        mixed_precision="no",  # it would cast the residual stream too: see `forward`
-        gradient_accumulation_steps=1,  # until the number of processes is known
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
+    accelerator = start_accelerator()
     processes, rank = accelerator.num_processes, accelerator.process_index
     lanes = range(rank, config.batch_bins, processes)
     if config.batch_bins % (processes * config.micro_batch_bins):
@@ -115,7 +105,7 @@ def pretrain(config: PretrainConfig) -> Result:
     resume_from = next(reversed(checkpoints(output)), None)
     progress: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "lanes": {}}
     if resume_from:
-        check_same_run(output / CONFIG, config)
+        check_same_run(output / CONFIG, config, MAY_CHANGE)
         progress = load_progress(resume_from)
     step = progress["step"]
     began -= progress["seconds"]
@@ -163,10 +153,7 @@ def pretrain(config: PretrainConfig) -> Result:
     optimizer = adamw(
         model, config.lr, (config.beta1, config.beta2), config.eps, config.weight_decay
     )
-    with warnings.catch_warnings():
-        # torch renames broadcast_buffers; accelerate does not know the new name yet.
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = prepare(accelerator, model, optimizer)
     if weights_from and has_optimizer(weights_from):
         load_optimizer(Path(weights_from), accelerator, model, optimizer)
     model.train()
@@ -174,7 +161,7 @@ def pretrain(config: PretrainConfig) -> Result:
     # --- what the run says ------------------------------------------------------------------------
     metrics, peak = None, math.nan
     if accelerator.is_main_process:
-        metrics = Metrics(output, step, config.steps, config.tensorboard)
+        metrics = Metrics("pretrain", output, step, config.steps, config.tensorboard)
         low = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         peak = matmul_rate(accelerator.device, low) * processes
         metrics.say(
@@ -316,14 +303,6 @@ def forward(
     return out.loss, hits
 
 
-def whole(norm: Tensor | float | None, like: Tensor) -> Tensor:
-    """A gradient norm as (1,) of the dtype and device of `like`; FSDP's comes as a DTensor, and
-    DeepSpeed has none before its first step."""
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
-    return torch.as_tensor(0.0 if norm is None else norm).to(like).reshape(1)
-
-
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -366,21 +345,6 @@ def load_tokenizer(config: PretrainConfig, output: Path) -> PreTrainedTokenizerB
         )
         learned.save_pretrained(output / TOKENIZER)
     return AutoTokenizer.from_pretrained(output / TOKENIZER)
-
-
-def check_same_run(path: Path, config: PretrainConfig) -> None:
-    """Raises ValueError if the run in this directory was begun with another configuration."""
-    begun = vars(load_config(file=path))
-    changed = [
-        f"{name} was {begun[name]!r} and is {value!r}"
-        for name, value in vars(config).items()
-        if name not in MAY_CHANGE and begun[name] != value
-    ]
-    if changed:
-        raise ValueError(
-            f"{path.parent} holds a run with another configuration: {'; '.join(changed)}. Choose "
-            "another output; start_from begins a new run from a checkpoint"
-        )
 
 
 def gather_states(accelerator: Accelerator, states: dict[int, dict]) -> dict[str, dict]:

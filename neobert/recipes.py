@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
-from typing import cast
-
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from neobert.config import NeoBERTConfig
 from neobert.corpus import Source
 from neobert.masking import SCHEMES
+from neobert.settings import PRECISIONS, at_least, load, one_of, save_config
 
-PRECISIONS = ("float32", "bfloat16")
+__all__ = ["PRESETS", "ModelShape", "PretrainConfig", "load_config", "save_config"]
 
 
 @dataclass
@@ -99,15 +94,10 @@ class PretrainConfig:
     tensorboard: bool = True
 
     def __post_init__(self):
-        for name, choices in (("precision", PRECISIONS), ("mask_scheme", SCHEMES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
-                )
-        for name in ("max_length", "batch_bins", "micro_batch_bins", "steps", "validate_every",
-                     "log_every", "save_every", "keep_checkpoints"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        one_of(self, PRECISIONS, "precision")
+        one_of(self, SCHEMES, "mask_scheme")
+        at_least(self, 1, "max_length", "batch_bins", "micro_batch_bins", "steps",
+                 "validate_every", "log_every", "save_every", "keep_checkpoints")  # fmt: skip
         if self.bin_tokens < self.max_length:
             raise ValueError(
                 f"bin_tokens must hold a sequence of max_length={self.max_length} tokens, got "
@@ -192,40 +182,5 @@ PRESETS: dict[str, Callable[[], PretrainConfig]] = {
 def load_config(
     preset: str | None = None, file: Path | None = None, overrides: Iterable[str] = ()
 ) -> PretrainConfig:
-    """The preset (the defaults if None), changed by a YAML file, changed by "key=value" strings.
-
-    A key inside another is written model.hidden_size=512 or data.0.weight=0.5.
-    Raises ValueError for a preset, key or value that does not exist or fit; of an unknown key it
-    names the nearest.
-    """
-    if preset is not None and preset not in PRESETS:
-        raise ValueError(f"there is no preset {preset!r}{nearest(preset, PRESETS)}")
-    config = OmegaConf.structured(PRESETS[preset]() if preset else PretrainConfig())
-    try:
-        if file is not None:
-            config = OmegaConf.merge(config, OmegaConf.load(file))
-        for override in overrides:
-            key, equals, value = override.partition("=")
-            if not equals:
-                raise ValueError(f"{override!r} is not of the form key=value")
-            OmegaConf.update(config, key, yaml.safe_load(value))
-        return cast(PretrainConfig, OmegaConf.to_object(config))
-    except ConfigKeyError as error:
-        key = str(error.full_key or error.key)
-        known = map(str, getattr(error.parent_node, "keys", list)())
-        raise ValueError(f"there is no key {key!r}{nearest(key.split('.')[-1], known)}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"not YAML: {error}") from error
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    close = get_close_matches(name, known, 1)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"
-
-
-def save_config(config: PretrainConfig, path: Path) -> None:
-    """As a YAML file that `load_config` reads."""
-    OmegaConf.save(OmegaConf.structured(config), path)
+    """The settings of a pre-training run; see `neobert.settings.load`."""
+    return load(PretrainConfig, PRESETS, preset, file, overrides)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,12 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     progress: dict,
     keep: int,
+    write_more: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write step-`step` and remove all but the `keep` newest; every process calls it.
 
     model: as `accelerator.prepare` returned it. progress: anything JSON holds.
+    write_more: writes other files into the folder that it is given.
     Raises SaveError, in every process, if writing fails, as on a full disk.
     """
     final = output / FOLDER / f"step-{step:08}"
@@ -80,6 +83,8 @@ def save_checkpoint(
             if not deepspeed:
                 torch.save({"optimizer": moments, "random": random_states}, aside / OPTIMIZER)
             (aside / PROGRESS).write_text(json.dumps({**progress, "step": step}))
+            if write_more is not None:
+                write_more(aside)
         except Exception as error:  # whatever safetensors, torch or the system raise on a full disk
             failure = error
     if deepspeed:  # each process writes its own part
@@ -107,6 +112,25 @@ def save_checkpoint(
             + (f"the last good checkpoint is {whole[-1]}" if whole else "there is none yet")
         ) from failure
     return final
+
+
+def export_model(checkpoint: Path, folder: Path) -> None:
+    """Copy a checkpoint without what only training needs; `folder` appears, or is replaced, whole.
+
+    Raises SaveError if it cannot be written.
+    """
+    aside = folder.with_name(f".{folder.name}.unfinished")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.copytree(checkpoint, aside, ignore=shutil.ignore_patterns(OPTIMIZER, PROGRESS))
+        _flush(aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(aside, folder)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise SaveError(
+            f"{folder} could not be written ({error}); the model is in {checkpoint}"
+        ) from error
 
 
 def load_optimizer(

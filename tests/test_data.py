@@ -12,7 +12,8 @@ from datasets import Dataset
 
 from neobert.corpus import Source, open_texts, text_batches
 from neobert.data import Corpus, TrainingStream
-from neobert.demo import docstrings, train_tokenizer
+from neobert.demo import train_tokenizer
+from neobert.docstrings import docstrings
 from neobert.masking import IGNORE_INDEX, Masking
 from neobert.randomness import Permutation, random_generator
 from neobert.readers import Cut

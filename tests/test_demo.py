@@ -1,9 +1,6 @@
-"""neobert.demo, on a tiny model: the corpus, the checkpoint it writes, and the table it prints."""
+"""neobert.demo, on a tiny model: the checkpoint it writes, and the table it prints."""
 
-import asyncio
 import re
-import sysconfig
-from pathlib import Path
 
 import pytest
 
@@ -21,28 +18,6 @@ TINY = NeoBERTConfig(
     num_attention_heads=2,
     intermediate_size=192,
 )
-
-
-def test_docstrings_are_read_without_importing(tmp_path):
-    (tmp_path / "module.py").write_text(
-        '"""Module."""\nraise SystemExit("imported")\n'
-        'class A:\n    """Class."""\n    async def f(self):\n        """Method."""\n'
-    )
-    (tmp_path / "broken.py").write_text("def f(:\n")
-    (tmp_path / "binary.py").write_bytes(b"\x00\xff")
-    for ignored in ("site-packages", "tests"):
-        (tmp_path / ignored).mkdir()
-        (tmp_path / ignored / "module.py").write_text('"""Not ours."""')
-    assert list(demo.docstrings(tmp_path)) == ["Module.", "Class.", "Method."]
-
-
-def test_the_standard_library_is_read_once_per_text(monkeypatch):
-    folder = Path(asyncio.__file__).parent
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: {"stdlib": str(folder)}[name])
-    found = demo.standard_library_docstrings()
-    assert asyncio.sleep.__doc__ in found and len(found) > 200
-    every = list(demo.docstrings(folder))
-    assert len(found) == len(set(every)) < len(every)
 
 
 def test_spread_keeps_the_lengths():

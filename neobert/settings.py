@@ -1,0 +1,92 @@
+"""Settings of a run: a dataclass, changed by a YAML file and by "key=value" strings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+PRECISIONS = ("float32", "bfloat16")
+
+Config = TypeVar("Config")
+
+
+def load(
+    kind: type[Config],
+    presets: Mapping[str, Callable[[], Config]],
+    preset: str | None = None,
+    file: Path | None = None,
+    overrides: Iterable[str] = (),
+) -> Config:
+    """The preset (the defaults of `kind` if None), changed by a YAML file, then by the overrides.
+
+    A key inside another is written model.hidden_size=512 or data.0.weight=0.5.
+    Raises ValueError for a preset, key or value that does not exist or fit; of an unknown key it
+    names the nearest.
+    """
+    if preset is not None and preset not in presets:
+        raise ValueError(f"there is no preset {preset!r}{nearest(preset, presets)}")
+    config: Any = OmegaConf.structured(presets[preset]() if preset else kind())
+    try:
+        if file is not None:
+            config = OmegaConf.merge(config, OmegaConf.load(file))
+        for override in overrides:
+            key, equals, value = override.partition("=")
+            if not equals:
+                raise ValueError(f"{override!r} is not of the form key=value")
+            OmegaConf.update(config, key, yaml.safe_load(value))
+        return cast(Config, OmegaConf.to_object(config))
+    except ConfigKeyError as error:
+        key = str(error.full_key or error.key)
+        known = map(str, getattr(error.parent_node, "keys", list)())
+        raise ValueError(f"there is no key {key!r}{nearest(key.split('.')[-1], known)}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"not YAML: {error}") from error
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    close = get_close_matches(name, known, 1)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}"
+
+
+def save_config(config: object, path: Path) -> None:
+    """As a YAML file that `load` reads."""
+    OmegaConf.save(OmegaConf.structured(config), path)
+
+
+def check_same_run(path: Path, config: Config, may_change: Collection[str]) -> None:
+    """Raises ValueError if the run whose settings were saved at `path` was begun with others,
+    those in `may_change` apart."""
+    begun = vars(load(type(config), {}, file=path))
+    changed = [
+        f"{name} was {begun[name]!r} and is {value!r}"
+        for name, value in vars(config).items()
+        if name not in may_change and begun[name] != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{path.parent} holds a run with another configuration: {'; '.join(changed)}. Choose "
+            "another output; start_from begins a new run from a checkpoint"
+        )
+
+
+def one_of(config: object, choices: Collection[str], *names: str) -> None:
+    for name in names:
+        if getattr(config, name) not in choices:
+            raise ValueError(
+                f"{name} must be one of {', '.join(choices)}, got {getattr(config, name)!r}"
+            )
+
+
+def at_least(config: object, least: float, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")
