@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from neobert.checkpoint import write_random_checkpoint
-from neobert.demo import train_tokenizer
 from neobert.docstrings import standard_library_docstrings
 from neobert.model import NeoBERTLMHead
 from neobert.perplexity import Document, Scorer
 from neobert.plain import PlainNeoBERT
+from neobert.wordpiece import train_tokenizer
 
 TOKENS, BATCH, ONE_BY_ONE, ROUNDS = 128, 32, 12, 3
 

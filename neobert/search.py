@@ -14,7 +14,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,7 @@ class Index:
 
     def scores(self, queries: Sequence[str]) -> Iterator[Tensor]:
         """Cosines of queries and texts, (queries, texts) float32, a block of queries at a time."""
-        with warnings.catch_warnings(action="ignore", category=TruncationWarning):
+        with truncation_expected():
             vectors = self.encoder.encode(
                 queries,
                 self.settings.pooling,
@@ -123,6 +123,14 @@ class Index:
             )
         for block in torch.as_tensor(vectors).split(max(1, MOST_SCORES // len(self.records))):
             yield block @ self.embeddings.T
+
+
+@contextmanager
+def truncation_expected() -> Iterator[None]:
+    """Within, nothing warns that a text is longer than the model reads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TruncationWarning)
+        yield
 
 
 def build_index(
