@@ -36,8 +36,14 @@ def index(
         str | None, typer.Option(help="Read JSONL: the field of each object that holds the text.")
     ] = None,
     pooling: Annotated[str, typer.Option(help="mean or cls.")] = "mean",
-    prompt: Annotated[str, typer.Option(help="Put before every text.")] = "",
-    query_prompt: Annotated[str, typer.Option(help="Put before every query.")] = "",
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="Put before every text.", show_default="the model's for documents"),
+    ] = None,
+    query_prompt: Annotated[
+        str | None,
+        typer.Option(help="Put before every query.", show_default="the model's for queries"),
+    ] = None,
     max_length: Annotated[
         int | None,
         typer.Option(
@@ -61,6 +67,7 @@ def index(
     from neobert.files import count_lines, read_records
     from neobert.search import IndexSettings, build_index
     from neobert.signals import Stopped, stopped_by_signals
+    from neobert.st_folder import read_prompts
 
     if pooling not in ("mean", "cls"):
         raise _fail(ValueError(f"pooling must be mean or cls, got {pooling!r}"))
@@ -68,8 +75,14 @@ def index(
     warnings.simplefilter("ignore", TruncationWarning)  # said at the end
     # The index may be searched from another directory.
     name = str(Path(model).resolve()) if Path(model).is_dir() else model
+    prompts = read_prompts(model)
     settings = IndexSettings(
-        name, field or "text", cast("Pooling", pooling), prompt, query_prompt, max_length
+        model=name,
+        field=field or "text",
+        pooling=cast("Pooling", pooling),
+        prompt=prompts.get("document", "") if prompt is None else prompt,
+        query_prompt=prompts.get("query", "") if query_prompt is None else query_prompt,
+        max_length=max_length,
     )
     try:
         with (

@@ -14,9 +14,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from neobert.pairs import PairSource
+if TYPE_CHECKING:  # for reading prompts the packages of training are not needed
+    from neobert.pairs import PairSource
 
 MODULES, PROMPTS = "modules.json", "config_sentence_transformers.json"
 

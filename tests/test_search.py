@@ -108,6 +108,22 @@ def test_bad_input(tmp_path, checkpoint, encoder):
         Index.load(tmp_path, device="cpu")
 
 
+def test_the_prompts_are_the_models_unless_others_are_given(tmp_path):
+    model, source = write_tiny_checkpoint(tmp_path / "model"), tmp_path / "texts.txt"
+    source.write_text("some text\nmore text\n")
+    prompts = {"query": "find: ", "document": "text: "}
+    (model / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts}))
+    command = ["index", "--model", model, "--input", source, "--output", tmp_path / "i"]
+    for options, expected in (
+        ([], ("text: ", "find: ")),
+        (["--prompt", "", "--query-prompt", "q: "], ("", "q: ")),
+    ):
+        code, said = run(*command, "--device", "cpu", *options)
+        assert code == 0, said
+        settings = Index.load(tmp_path / "i", device="cpu").settings
+        assert (settings.prompt, settings.query_prompt) == expected
+
+
 def test_the_commands(tmp_path, checkpoint):
     source, folder = tmp_path / "texts.jsonl", tmp_path / "index"
     lines = [{"body": each["text"], "name": each["name"]} for each in records(9)]
