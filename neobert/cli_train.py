@@ -105,6 +105,13 @@ def contrastive(
             help="A YAML file of settings; configs/contrastive-paper.yaml has the paper's data.",
         ),
     ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="In place of the preset's data: a file or pattern (.jsonl, .parquet, .csv) or a "
+            "hub data set with the columns query and positive, or docstrings. May be repeated."
+        ),
+    ] = None,
     start_from: Annotated[
         str | None,
         typer.Option(
@@ -142,7 +149,8 @@ def contrastive(
         from neobert.saving import SaveError
     except ImportError as error:
         raise _need_extra(error) from error
-    given = [f"start_from={start_from}"] if start_from else []
+    given = [f"data={[{'path': path} for path in data]}"] if data else []
+    given += [f"start_from={start_from}"] if start_from else []
     given += [f"output={output}"] if output else []
     try:
         settings = load_config(preset, config, [*given, *(overrides or [])])

@@ -182,7 +182,7 @@ def contrastive(config: ContrastiveConfig) -> Result:
             sums = torch.tensor([*counts, stop.requested], dtype=torch.float64)
             sums = torch.cat([torch.stack([part.loss, part.correct]), sums.to(part.loss.device)])
             sums = torch.cat([accelerator.reduce(sums, "sum"), whole(norm, sums)])
-            # The only place where a step waits for the device.
+            # Here a step waits for the device; with several processes in `most_chunks`, too.
             result.loss, correct, masked, truncated, tokens, flop, stopping, norm = sums.tolist()
             if not math.isfinite(result.loss) or not math.isfinite(norm):
                 kept = output / f"non-finite-step-{step + 1}.json"

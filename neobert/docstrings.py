@@ -13,6 +13,7 @@ import sysconfig
 import warnings
 from collections import deque
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 HELD_OUT_SHARE = 0.1  # of the names, for evaluation
@@ -55,13 +56,18 @@ def docstrings(folder: Path) -> Iterator[str]:
         yield text
 
 
-def _standard_library() -> Path:
-    return Path(sysconfig.get_path("stdlib"))
+def _standard_library() -> tuple[tuple[str, str], ...]:
+    return _read(Path(sysconfig.get_path("stdlib")))
+
+
+@cache
+def _read(folder: Path) -> tuple[tuple[str, str], ...]:
+    return tuple(documented(folder))  # once: it takes seconds
 
 
 def standard_library_docstrings() -> list[str]:
     """The distinct docstrings of the installed Python's standard library, in a fixed order."""
-    return list(dict.fromkeys(docstrings(_standard_library())))
+    return list(dict.fromkeys(text for _, text in _standard_library()))
 
 
 def standard_library_names() -> dict[str, str]:
@@ -69,7 +75,7 @@ def standard_library_names() -> dict[str, str]:
     first, and of several docstrings of one name (an overridden function) the first."""
     named: dict[str, str] = {}
     seen = set()
-    for name, text in documented(_standard_library()):
+    for name, text in _standard_library():
         if text not in seen:
             seen.add(text)
             named.setdefault(name, text)

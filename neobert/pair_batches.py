@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from neobert.gradcache import Chunk, chunked
-from neobert.pairs import Pair, PairSource
+from neobert.pairs import Pairs, PairSource
 from neobert.randomness import (
     PAIR_ORDER,
     PAIR_SOURCES,
@@ -67,7 +67,7 @@ class PairSampler:
     def __init__(
         self,
         sources: Sequence[PairSource],
-        data: Sequence[Sequence[Pair]],
+        data: Sequence[Pairs],
         batch_size: int,
         hard_negatives: int = 0,
         alpha: float = 0.5,
@@ -103,7 +103,7 @@ class PairSampler:
 
     def __call__(self, step: int) -> PairBatch:
         source, numbers = self.numbers(step)
-        pairs: list[Pair] = self.data[source][numbers]  # type: ignore[call-overload]
+        pairs = self.data[source][numbers]
         random = random_generator(self.seed, PAIR_TEXTS, step)
         positives, negatives = [], []
         known: dict[str, set[str]] = {}

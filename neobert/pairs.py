@@ -46,7 +46,8 @@ class PairSource:
     path: a file or a glob pattern of files (.jsonl; .parquet; .csv; each also .gz), a data set on
         the hub (sentence-transformers/gooaq), or "docstrings": names of the Python standard
         library and what documents them (split "train" or "held-out").
-    name: of the data set in metrics, and of its prompt in the model folder. By default the file's.
+    name: of the data set in metrics, and of its prompt in the model folder. By default that of the
+        file, of the folder whose files a pattern matches, or of the hub data set.
     query, positive: the columns of the texts. A list of texts as positive: one is drawn each time.
     negatives: columns of texts, or lists of texts, that are near the query and do not answer it.
     columns: the columns' names, for a CSV file that has no first line of them.
@@ -71,7 +72,8 @@ class PairSource:
 
     @property
     def title(self) -> str:
-        return self.name or Path(self.path).name.split(".")[0]
+        fixed = [part for part in Path(self.path).parts if not set("*?[") & set(part)]
+        return self.name or (Path(fixed[-1]).name.split(".")[0] if fixed else "") or self.path
 
     @property
     def prompt(self) -> str:
@@ -89,8 +91,8 @@ class Pair:
 class Pairs:
     """The usable pairs of a source: `pairs[numbers]` reads some, `len(pairs)` is how many.
 
-    left_out: for each reason, how many rows, and the first of them as "file, row 7"; rows are
-        counted from 1, without a first line of column names.
+    left_out: for each reason, how many rows, and the first NAMED of them as "file, row 7"; rows
+        are counted from 1, without a first line of column names.
     All rows are looked through once, here. Raises FileNotFoundError for a path that is none of
     what `PairSource` says; ValueError for files that cannot be read as their name says, for a
     missing column (with the nearest name), for a text that is not a text, naming file and row, and
@@ -130,7 +132,8 @@ class Pairs:
         parts = [f"{self.source.title}: {len(self.rows):,} pairs of {len(self.data):,} rows"]
         for reason, (count, places) in self.left_out.items():
             some = "; ".join(places) + ("; …" if count > len(places) else "")
-            parts.append(f"{count:,} where {reason} ({some})")
+            # A low score is no fault that someone would look up.
+            parts.append(f"{count:,} where {reason}" + (f" ({some})" * (reason != LOW_SCORE)))
         return ", left out: ".join([parts[0], ", ".join(parts[1:])]) if parts[1:] else parts[0]
 
     def _usable(self) -> Iterator[int]:
@@ -236,7 +239,7 @@ def _read(kind: str, file: str, columns: list[str]) -> Dataset:
 
 
 def _read_csv(file: str, columns: list[str]) -> Dataset:
-    """Every field as the text it is: "None", "nan" and "007" are texts."""
+    """In memory, every field as the text it is: "None", "nan" and "007" are texts."""
     opened: Callable[..., TextIO] = gzip.open if file.endswith(".gz") else open  # type: ignore[assignment]
     with opened(file, "rt", encoding="utf-8-sig", newline="") as lines:
         reader = csv.reader(lines, strict=True)

@@ -1,4 +1,4 @@
-"""Small pre-training runs, in this process or in fresh ones that may be killed."""
+"""Small training runs, in this process or in fresh ones that may be killed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ import socket
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from neobert.contrastive_recipes import ContrastiveConfig
 from neobert.metrics import METRICS, read_metrics
 from neobert.recipes import PretrainConfig, load_config
 
+Config = PretrainConfig | ContrastiveConfig
+
 # A server with everything imported, from which processes are forked: seconds less for each.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["neobert.pretrain"])
+CONTEXT.set_forkserver_preload(["neobert.pretrain", "neobert.contrastive"])
 
 SETTINGS = {
     "model.vocab_size": 600,
@@ -61,21 +65,23 @@ def settings(texts: Path, output: Path, **changes: object) -> PretrainConfig:
     return load_config("tiny", None, [f"{key}={value}" for key, value in values.items()])
 
 
-def _run(config: PretrainConfig, environment: dict[str, str]) -> None:
+def _run(config: Config, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     import torch
 
+    from neobert.contrastive import contrastive
     from neobert.pretrain import pretrain
 
     torch.set_num_threads(1)
-    result = pretrain(config)
+    loop: Any = contrastive if isinstance(config, ContrastiveConfig) else pretrain
+    result = loop(config)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     os._exit(128 + result.stopped_by if result.stopped_by else 0)
 
 
 @contextmanager
-def started(config: PretrainConfig, processes: int = 1, **environment: str):
+def started(config: Config, processes: int = 1, **environment: str):
     """The processes of a run, which are killed at the end of the block if they still run."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -103,7 +109,7 @@ def started(config: PretrainConfig, processes: int = 1, **environment: str):
             process.join()
 
 
-def run(config: PretrainConfig, processes: int = 1, **environment: str) -> None:
+def run(config: Config, processes: int = 1, **environment: str) -> None:
     """A run in processes of its own, to its end."""
     with started(config, processes, **environment) as running:
         for process in running:
@@ -111,7 +117,7 @@ def run(config: PretrainConfig, processes: int = 1, **environment: str) -> None:
         assert [process.exitcode for process in running] == [0] * processes
 
 
-def wait_for_step(config: PretrainConfig, step: int, running: list) -> None:
+def wait_for_step(config: Config, step: int, running: list) -> None:
     """Until a running job has written the loss of `step`."""
     deadline = time.monotonic() + 120
     while not any(record["step"] >= step for record in read_metrics(Path(config.output))):
@@ -120,7 +126,7 @@ def wait_for_step(config: PretrainConfig, step: int, running: list) -> None:
         time.sleep(0.001)
 
 
-def curve(config: PretrainConfig) -> list[tuple]:
+def curve(config: Config) -> list[tuple]:
     """Everything in metrics.jsonl that does not depend on the clock."""
     clock = ("tokens_per_second", "mfu", "seconds")
     return [
