@@ -47,7 +47,7 @@ def speed(model: str | None, seconds: float) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="neobert.demo", description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", help="only the first part, on this checkpoint")
-    parser.add_argument("--seconds", type=float, default=1.2, help="of texts to embed, default 1.2")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of texts to embed, default 2")
     parser.add_argument(
         "--output", type=Path, default=Path("demo-model"), help="folder to train in"
     )

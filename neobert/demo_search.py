@@ -8,6 +8,7 @@ docstring, among all that are held out; so have BM25 and the same encoder with r
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +20,8 @@ from neobert.contrastive import MODEL, contrastive
 from neobert.contrastive_recipes import load_config as contrastive_config
 from neobert.docstrings import as_query, is_held_out, standard_library_names
 from neobert.encode import Encoder
+from neobert.machine import commit, machine
+from neobert.metrics import read_metrics
 from neobert.model import NeoBERT
 from neobert.pretrain import pretrain
 from neobert.recipes import load_config as pretrain_config
@@ -130,6 +133,21 @@ def print_recalls(found: dict[str, float], names: int, max_length: int) -> None:
     )
 
 
+def write_results(folder: Path, found: dict[str, float], names: int) -> None:
+    """The recalls as <folder>/recall.json, with what they depend on and how long training took."""
+    document = {
+        "machine": machine(),
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+        "training_seconds": {
+            run: read_metrics(folder / run)[-1]["seconds"] for run in ("pretrain", "contrastive")
+        },
+        "held_out_names": names,
+        f"recall_at_{K}": {method: round(recall, 4) for method, recall in found.items()},
+    }
+    (folder / "recall.json").write_text(json.dumps(document, indent=1) + "\n")
+
+
 def demonstrate_search(folder: Path) -> dict[str, float]:
     """Train in `folder`, measure, index all docstrings, and ask something; returns the recalls."""
     with step("reading the names and docstrings of the standard library") as done:
@@ -139,6 +157,7 @@ def demonstrate_search(folder: Path) -> dict[str, float]:
     model = learn(folder, names)
     encoder = Encoder.from_pretrained(str(model))
     found = recalls(encoder, held_out)
+    write_results(folder, found, len(held_out))
     print_recalls(found, len(held_out), encoder.max_length)
     index = folder / "index"
     with step(f"\nindexing all {len(names):,} docstrings") as done:

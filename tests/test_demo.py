@@ -100,6 +100,10 @@ def test_demo_trains_measures_and_leaves_an_index(tmp_path, monkeypatch, capsys)
     for method, recall in found.items():
         assert 0 <= recall <= 1 and re.search(rf"{re.escape(method)} +{recall * 100:.1f}%", shown)
     assert len(found) == 3
+    written = json.loads((tmp_path / "recall.json").read_text())
+    assert written["held_out_names"] == len(held_out)
+    assert written["recall_at_10"] == {name: round(recall, 4) for name, recall in found.items()}
+    assert all(seconds > 0 for seconds in written["training_seconds"].values())
     index = Index.load(tmp_path / "index")
     assert len(index.records) == len(names)
     assert f"neobert search --index {tmp_path / 'index'}" in shown
