@@ -57,8 +57,16 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; {_compiled.status()}")
     speed(options.model, options.seconds)
     if options.model is None:
-        from neobert.demo_search import demonstrate_search  # needs the extras train and eval
+        try:
+            import bm25s  # noqa: F401  # needed at the end, and missed before training
 
+            from neobert.demo_search import demonstrate_search
+        except ImportError as error:
+            parser.exit(
+                1,
+                f"\nThe second part needs packages that are not installed ({error}): "
+                'pip install "neobert-kernels[train,eval]"\n',
+            )
         print()
         demonstrate_search(options.output)
     print(f"\n{time.perf_counter() - began:.0f} s in all")
