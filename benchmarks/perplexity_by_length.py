@@ -62,7 +62,8 @@ def score(model: Path, texts: list[str], trained_length: int, yarn: float | None
         scorer = Scorer.from_pretrained(model, max_length=length, yarn=yarn)
         documents, _ = scorer.documents(texts, "articles", POSITIONS)
         whole = [each for each in documents if len(each.ids) == length]
-        scores += scorer(tqdm(whole, desc=f"yarn {yarn}, {length} tokens", unit="article"))
+        with tqdm(desc=f"yarn {yarn}, {length} tokens", unit="tok", unit_scale=True) as bar:
+            scores += scorer(whole, bar.update)
     return scores
 
 
@@ -70,9 +71,8 @@ def main(path: Path, run: Path, steps: int = 1500) -> None:
     disable_progress_bar()
     texts = articles(path)
     held_out = texts[::5]
-    began = time.perf_counter()
     checkpoint, settings = train(run, [t for i, t in enumerate(texts) if i % 5], steps)
-    trained = time.perf_counter()
+    began = time.perf_counter()
     length = settings["max_length"]
     curves = {
         "rotary angles as they are" if yarn is None else f"YaRN, factor {yarn:g}": score(
@@ -91,7 +91,10 @@ def main(path: Path, run: Path, steps: int = 1500) -> None:
         "date": datetime.date.today().isoformat(),
         "settings": settings,
         "validation": read_metrics(run)[-1],
-        "seconds": {"training": trained - began, "scoring": time.perf_counter() - trained},
+        "seconds": {
+            "training": read_metrics(run)[-1]["seconds"],
+            "scoring": time.perf_counter() - began,
+        },
         "perplexity": {
             name: {
                 str(n): round(mean_perplexity([each for each in scores if each.tokens == n]), 2)

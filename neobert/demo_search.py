@@ -12,6 +12,7 @@ import datetime
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,12 +111,12 @@ def recalls(encoder: Encoder, names: dict[str, str]) -> dict[str, float]:
     `names` whose docstring is among the best K of all of these names' docstrings."""
     queries, texts = [as_query(name) for name in names], list(names.values())
     torch.manual_seed(0)
-    untrained = NeoBERT(encoder.model.config).to(encoder.device)
+    untrained: Any = NeoBERT(encoder.model.config)
     scores = {
         "this NeoBERT, trained just now": cosines(encoder, queries, texts),
         "BM25 (bm25s)": bm25_scores(texts, queries),
         "the same NeoBERT, random weights": cosines(
-            Encoder(untrained, encoder.tokenizer), queries, texts
+            Encoder(untrained.to(encoder.device), encoder.tokenizer), queries, texts
         ),
     }
     relevant = torch.arange(len(names))
