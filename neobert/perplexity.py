@@ -328,11 +328,23 @@ def mean_perplexity(scores: Sequence[Score]) -> float:
     return math.exp(sum(score.loss * score.masked for score in scores) / masked)
 
 
+def means_by_length(scores: Sequence[Score]) -> list[tuple[float, float]]:
+    """(mean length in tokens, geometric mean of the perplexities) of documents of like length: of
+    one length where several have each, else between one power of 2 and the next."""
+    lengths = np.array([score.tokens for score in scores])
+    losses = np.array([score.loss for score in scores])
+    several = np.unique(lengths, return_counts=True)[1].min() > 1
+    groups = lengths if several else np.ceil(np.log2(lengths))
+    return [
+        (float(lengths[groups == group].mean()), math.exp(losses[groups == group].mean()))
+        for group in np.unique(groups)
+    ]
+
+
 def plot_by_length(
     curves: Mapping[str, Sequence[Score]], path: Path, trained_length: int | None = None
 ) -> None:
-    """Draw Figures 2 and 6: a point for each document, and for each curve the geometric mean of the
-    documents between one power of 2 and the next (or of one length, where many have the same).
+    """Draw Figures 2 and 6: a point for each document, and `means_by_length` as a line.
 
     trained_length: tokens of the longest sequence seen in training, drawn as a line.
     """
@@ -345,10 +357,7 @@ def plot_by_length(
         lengths = np.array([score.tokens for score in scores])
         losses = np.array([score.loss for score in scores])
         axes.plot(lengths, np.exp(losses), ".", color=color, alpha=0.35, markersize=4)
-        bins = np.ceil(np.log2(lengths))
-        means = [(lengths[bins == b].mean(), losses[bins == b].mean()) for b in np.unique(bins)]
-        centres, mean_losses = np.array(means).T
-        axes.plot(centres, np.exp(mean_losses), "o-", color=color, label=name)
+        axes.plot(*zip(*means_by_length(scores), strict=True), "o-", color=color, label=name)
     if trained_length is not None:
         axes.axvline(trained_length, color="grey", linestyle="--", label="longest in training")
     axes.set_xscale("log", base=2)

@@ -12,7 +12,16 @@ from typer.testing import CliRunner
 
 from neobert import perplexity
 from neobert.cli import app
-from neobert.perplexity import Document, Score, Scorer, masked_batches, read_scores, resume
+from neobert.perplexity import (
+    Document,
+    Score,
+    Scorer,
+    masked_batches,
+    mean_perplexity,
+    means_by_length,
+    read_scores,
+    resume,
+)
 from neobert.plain import PlainNeoBERT
 from neobert.signals import Stopped
 from tests.accuracy import assert_accurate
@@ -261,3 +270,20 @@ def test_resume_wants_the_settings_it_began_with(tmp_path):
     assert resume(path, {"seed": 0}) == []
     with pytest.raises(ValueError, match="seed was 0 and is 1; yarn was None and is 2"):
         resume(path, {"seed": 1, "yarn": 2})
+
+
+def scores_of(*lengths_and_losses) -> list[Score]:
+    return [
+        Score.of(Document(i, np.zeros(tokens, int), np.arange(masked), masked), np.full(masked, x))
+        for i, (tokens, masked, x) in enumerate(lengths_and_losses, 1)
+    ]
+
+
+def test_means():
+    same = scores_of((32, 30, 1.0), (32, 30, 3.0), (48, 46, 2.0), (48, 46, 2.0))
+    assert means_by_length(same) == pytest.approx([(32, math.exp(2)), (48, math.exp(2))])
+    mixed = scores_of((32, 30, 1.0), (33, 31, 3.0), (63, 61, 5.0), (65, 63, 2.0))
+    expected = [(32, math.exp(1)), (48, math.exp(4)), (65, math.exp(2))]
+    assert means_by_length(mixed) == pytest.approx(expected)
+    # Over all tokens: a long document counts more.
+    assert mean_perplexity(scores_of((4, 2, 1.0), (8, 6, 3.0))) == pytest.approx(math.exp(2.5))
