@@ -20,7 +20,6 @@ import datetime
 import json
 import sys
 import tempfile
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -80,7 +79,7 @@ def finetuning(train: Path, folder: Path) -> ContrastiveConfig:
         symmetric=True,
     )  # fmt: skip
     config.data = [sts, PairSource("docstrings", instruction=NAMES)]
-    config.save_every, config.keep_checkpoints = EVERY, 1000
+    config.steps, config.save_every, config.keep_checkpoints = 400, EVERY, 1000
     config.log_every, config.tensorboard = 5, False
     return config
 
@@ -142,12 +141,9 @@ def plot(curve: list[dict], found: dict[str, float], losses: list[dict], path: P
 
 def main(train: Path, dev: Path, folder: Path) -> None:
     disable_progress_bar()  # transformers', for loading weights
-    began = time.perf_counter()
     before = pretrain(pretraining(train, folder)).checkpoint
-    pretrained = time.perf_counter()
     config = finetuning(train, folder)
     result = contrastive(config)
-    finetuned = time.perf_counter()
     found = baselines(before, dev)
     curve = [{"step": 0, "spearman": found["pre-trained, with the instruction"]}]
     for checkpoint in checkpoints(Path(config.output)):
@@ -174,8 +170,8 @@ def main(train: Path, dev: Path, folder: Path) -> None:
         "spearman": {name: round(value, 4) for name, value in found.items()},
         "curve": [{**point, "spearman": round(point["spearman"], 4)} for point in curve],
         "seconds": {
-            "pre-training": round(pretrained - began, 1),
-            "contrastive, checkpoints included": round(finetuned - pretrained, 1),
+            name: round(read_metrics(folder / name)[-1]["seconds"], 1)
+            for name in ("pretrain", "contrastive")
         },
         "left_out": [line.replace(f"{train}", train.name) for line in result.left_out],
         "pretraining": {

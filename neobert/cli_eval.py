@@ -26,6 +26,111 @@ def need_extra(error: ImportError) -> typer.Exit:
 
 
 @app.command()
+def mteb(
+    model: Annotated[
+        str,
+        typer.Option(help="Checkpoint directory or hub repository; sentence-transformers' too."),
+    ],
+    benchmark: Annotated[
+        str, typer.Option(help="One of mteb's benchmarks, all of its tasks.")
+    ] = "MTEB(eng, v1)",
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Only these, comma-separated: names of mteb's tasks, or paths of your own. A file "
+            "(.csv, .tsv, .jsonl, .parquet) of sentence1, sentence2, score is STS; of sentence1, "
+            "sentence2, labels pair classification; of sentences, labels clustering. A folder of "
+            "corpus, queries and qrels files is retrieval; of train and test files of text, label "
+            "classification."
+        ),
+    ] = "",
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            file_okay=False,
+            exists=True,
+            help="Read mteb's data sets here, not from the hub: DATA/mteb/stsbenchmark-sts, …",
+        ),
+    ] = None,
+    output: Annotated[
+        Path,
+        typer.Option(
+            file_okay=False,
+            help="Folder of results, as mteb caches them, and of the table; finished tasks that "
+            "are there are not computed again.",
+        ),
+    ] = Path("mteb"),
+    instructions: Annotated[
+        bool,
+        typer.Option(
+            help="Put the model's own prompt for the task, or else the paper's instruction, "
+            "before each text."
+        ),
+    ] = True,
+    max_length: Annotated[
+        int | None,
+        typer.Option(help="Most tokens of a text.", show_default="the model's, 4096"),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(help="Most tokens computed at once. [default: 4096 on a CPU, 32768 on a GPU]"),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 or float16, the paper's.",
+            show_default="float32 on a CPU, bfloat16 on a GPU",
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="cpu, cuda or cuda:1.", show_default="the GPU if there is one"),
+    ] = None,
+    progress: Annotated[
+        bool | None, typer.Option(help="Progress bars.", show_default="on a terminal")
+    ] = None,
+) -> None:
+    """Score embeddings on MTEB: the paper's Table 4, as Markdown and JSON.
+
+    Results are written as they come; a run that was stopped goes on with the next task. A score is
+    known by the model's files, dtype, length and instructions.
+    """
+    try:
+        from neobert import mteb_table
+        from neobert.mteb import EvaluationError, MTEBEncoder, evaluate, quiet, select_tasks
+    except ImportError as error:
+        raise need_extra(error) from error
+    quiet()
+    results = []
+    try:
+        selected = select_tasks([name for name in tasks.split(",") if name], benchmark, data)
+        typer.echo(f"loading {model}", err=True)
+        encoder = MTEBEncoder(
+            model,
+            device=device,
+            dtype=dtype,
+            max_length=max_length,
+            max_tokens=max_tokens,
+            instructions=instructions,
+        )
+        for task, result in evaluate(encoder, selected, output, progress):
+            results.append((task, result))
+    except (EvaluationError, ValueError, OSError) as error:
+        raise fail(error) from error
+    summary = mteb_table.summary(encoder.mteb_model_meta, results, benchmark)
+    path = mteb_table.write(output, encoder.mteb_model_meta, summary)
+    typer.echo(mteb_table.markdown(summary))
+    totals = encoder.totals
+    typer.echo(
+        f"{path}: {len(results)} tasks, {totals.texts:,} texts of {totals.tokens:,} tokens encoded "
+        f"in {totals.seconds:,.1f} s ({totals.tokens_per_second:,.0f} tok/s, "
+        f"{encoder.encoder.device}), {totals.truncated:,} of them truncated, "
+        f"{encoder.empty_texts:,} empty",
+        err=True,
+    )
+
+
+@app.command()
 def perplexity(
     model: Annotated[
         str, typer.Option(help="Checkpoint directory or hub repository, with its masked-LM head.")

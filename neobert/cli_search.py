@@ -35,7 +35,9 @@ def index(
     field: Annotated[
         str | None, typer.Option(help="Read JSONL: the field of each object that holds the text.")
     ] = None,
-    pooling: Annotated[str, typer.Option(help="mean or cls.")] = "mean",
+    pooling: Annotated[
+        str | None, typer.Option(help="mean or cls.", show_default="the model's")
+    ] = None,
     prompt: Annotated[
         str | None,
         typer.Option(help="Put before every text.", show_default="the model's for documents"),
@@ -63,27 +65,16 @@ def index(
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from neobert.encode import Encoder, TruncationWarning
+    from neobert.encode import Encoder, TruncationWarning, check_model_name
     from neobert.files import count_lines, read_records
     from neobert.search import IndexSettings, build_index
+    from neobert.sentence_folder import read_sentence_folder
     from neobert.signals import Stopped, stopped_by_signals
-    from neobert.st_folder import read_prompts
 
-    if pooling not in ("mean", "cls"):
+    if pooling not in (None, "mean", "cls"):
         raise _fail(ValueError(f"pooling must be mean or cls, got {pooling!r}"))
     disable_progress_bar()  # transformers', for loading the weights
     warnings.simplefilter("ignore", TruncationWarning)  # said at the end
-    # The index may be searched from another directory.
-    name = str(Path(model).resolve()) if Path(model).is_dir() else model
-    prompts = read_prompts(model)
-    settings = IndexSettings(
-        model=name,
-        field=field or "text",
-        pooling=cast("Pooling", pooling),
-        prompt=prompts.get("document", "") if prompt is None else prompt,
-        query_prompt=prompts.get("query", "") if query_prompt is None else query_prompt,
-        max_length=max_length,
-    )
     try:
         with (
             stopped_by_signals(),
@@ -91,7 +82,20 @@ def index(
         ):
             records = read_records(source, "stdin" if input == "-" else input, field)
             total = None if input == "-" else count_lines(Path(input))
-            encoder = Encoder.from_pretrained(model, device, max_length=max_length)
+            check_model_name(model)
+            folder = read_sentence_folder(model)
+            settings = IndexSettings(
+                # Absolute: the index may be searched from another directory.
+                model=str(Path(model).resolve()) if Path(model).is_dir() else model,
+                field=field or "text",
+                pooling=cast("Pooling", pooling or folder.pooling),
+                prompt=folder.prompts.get("document", "") if prompt is None else prompt,
+                query_prompt=(
+                    folder.prompts.get("query", "") if query_prompt is None else query_prompt
+                ),
+                max_length=max_length or folder.max_length,
+            )
+            encoder = Encoder.from_pretrained(model, device, max_length=settings.max_length)
             count, blank = build_index(output, records, encoder, settings, progress, total)
     except Stopped as stopped:
         typer.echo(f"{stopped}: stopped, {output} is no index", err=True)

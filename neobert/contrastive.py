@@ -28,13 +28,14 @@ from transformers import AutoTokenizer
 from neobert.contrastive_recipes import ContrastiveConfig
 from neobert.engine import CONFIG, NonFiniteLossError, prepare, start_accelerator, whole
 from neobert.gradcache import Chunk, backward_all, embed_all, in_company
+from neobert.hub import HubPush
 from neobert.infonce import cached_loss
 from neobert.metrics import PLOT, Metrics, forward_flop, matmul_rate, plot_losses
 from neobert.model import NeoBERT, NeoBERTConfig
 from neobert.optim import adamw, learning_rate
 from neobert.packing import PackedBatch
 from neobert.pair_batches import PairBatch, PairSampler, shares
-from neobert.pairs import Pairs
+from neobert.pairs import Pairs, prompts_of
 from neobert.saving import (
     checkpoints,
     export_model,
@@ -42,9 +43,9 @@ from neobert.saving import (
     load_progress,
     save_checkpoint,
 )
+from neobert.sentence_folder import write_sentence_folder
 from neobert.settings import check_same_run, save_config
 from neobert.signals import stop_signals
-from neobert.st_folder import prompts_of, write_folder
 from neobert.text import TextTokenizer
 from neobert_kernels import pool
 
@@ -52,7 +53,8 @@ MODEL = "model"  # the finished model, in the run's output
 
 # A run may go on with other values of these.
 MAY_CHANGE = {"output", "max_tokens", "precision", "gradient_checkpointing", "compile", "log_every",
-              "save_every", "keep_checkpoints", "tensorboard", "steps"}  # fmt: skip
+              "save_every", "keep_checkpoints", "tensorboard", "wandb", "push_to_hub",
+              "steps"}  # fmt: skip
 
 
 @dataclass
@@ -120,8 +122,8 @@ def contrastive(config: ContrastiveConfig) -> Result:
         save_config(config, output / CONFIG)
 
     # --- model and optimizer ----------------------------------------------------------------------
-    model: nn.Module = load_model(weights_from, config, tokenize)
-    model_config: NeoBERTConfig = model.config
+    model = load_model(weights_from, config, tokenize)
+    model_config: Any = model.config
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.compile:
@@ -136,17 +138,21 @@ def contrastive(config: ContrastiveConfig) -> Result:
     embed = partial(embedded, model, config, accelerator.device)
     no_sync = partial(accelerator.no_sync, model)
     write_more = partial(
-        write_folder,
+        write_sentence_folder,
         dim=model_config.hidden_size,
         max_length=config.max_length,
         prompts=prompts_of(config.data),
     )
 
     # --- what the run says ------------------------------------------------------------------------
-    metrics, peak = None, math.nan
+    metrics, hub, peak = None, None, math.nan
     result = Result(step, math.nan, math.nan, resume_from, None, [each.report() for each in data])
     if accelerator.is_main_process:
-        metrics = Metrics("contrastive", output, step, config.steps, config.tensorboard)
+        metrics = Metrics(
+            "contrastive", output, step, config.steps, config.tensorboard, config.wandb
+        )
+        if config.push_to_hub:
+            hub = HubPush(config.push_to_hub, metrics.say)
         low = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         peak = matmul_rate(accelerator.device, low) * processes
         for line in result.left_out:
@@ -230,10 +236,14 @@ def contrastive(config: ContrastiveConfig) -> Result:
             if step % config.save_every == 0 or step == config.steps or result.stopped_by:
                 paused = time.perf_counter()
                 progress["seconds"] = paused - began
+                if hub:
+                    hub.wait()  # saving may remove what is being uploaded
                 result.checkpoint = save_checkpoint(
                     output, step, accelerator, model, optimizer, tokenizer, progress,
                     config.keep_checkpoints, write_more,
                 )  # fmt: skip
+                if hub:
+                    hub.push(result.checkpoint, step)
                 since += time.perf_counter() - paused
             if result.stopped_by:
                 break
@@ -243,6 +253,8 @@ def contrastive(config: ContrastiveConfig) -> Result:
         if accelerator.is_main_process:
             export_model(result.checkpoint, result.model)
         accelerator.wait_for_everyone()
+    if hub:
+        hub.wait()
     if metrics:
         plot_losses(metrics.records, output / PLOT, "InfoNCE loss (nats per query)")
         metrics.close()

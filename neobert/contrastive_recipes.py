@@ -32,6 +32,7 @@ class ContrastiveConfig:
         and similarities.
     gradient_checkpointing: recompute blocks in the backward pass. compile: torch.compile.
     log_every, save_every: steps. keep_checkpoints: how many of the newest are kept.
+    tensorboard, wandb, push_to_hub: as for pre-training.
     """
 
     output: str = "???"
@@ -65,6 +66,8 @@ class ContrastiveConfig:
     save_every: int = 500
     keep_checkpoints: int = 3
     tensorboard: bool = True
+    wandb: str | None = None
+    push_to_hub: str | None = None
 
     def __post_init__(self):
         one_of(self, PRECISIONS, "precision")
@@ -95,8 +98,8 @@ def tiny() -> ContrastiveConfig:
         batch_size=64,
         max_length=64,
         max_tokens=4096,
-        steps=250,
-        lr=1e-3,
+        steps=300,
+        lr=2e-3,
         warmup_steps=20,
         precision="float32",
         save_every=100,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -29,7 +30,8 @@ def start_accelerator() -> Accelerator:
 
 def prepare(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[nn.Module, torch.optim.Optimizer]:
+) -> tuple[Any, Any]:
+    """The model and the optimizer as the engine wraps them."""
     with warnings.catch_warnings():
         # torch renames broadcast_buffers; accelerate does not know the new name yet.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)

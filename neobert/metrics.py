@@ -1,12 +1,14 @@
-"""What a run says about itself: console, metrics.jsonl, TensorBoard, and a plot of the loss."""
+"""What a run says of itself: console, metrics.jsonl, TensorBoard, W&B, and a plot of the loss."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from neobert.config import NeoBERTConfig
 from neobert.data import MaskedBatch
 from neobert.masking import IGNORE_INDEX
 
-METRICS, PLOT = "metrics.jsonl", "loss.png"
+METRICS, PLOT, WANDB_RUN = "metrics.jsonl", "loss.png", "wandb-run"
 UNIGRAMS = "validation_unigram_entropy"
 
 
@@ -69,9 +71,18 @@ class Metrics:
     name: of the command, beside the progress bar.
     step: the step the run goes on from: what an interrupted run had written beyond it is dropped.
         At 0 that is everything.
+    wandb: a Weights & Biases project, or None. A run that goes on is one run there, too.
     """
 
-    def __init__(self, name: str, output: Path, step: int, steps: int, tensorboard: bool):
+    def __init__(
+        self,
+        name: str,
+        output: Path,
+        step: int,
+        steps: int,
+        tensorboard: bool,
+        wandb: str | None = None,
+    ):
         self.path = output / METRICS
         self.records = [r for r in read_metrics(output) if r["step"] <= step and step > 0]
         unfinished = self.path.with_name(f".{METRICS}.unfinished")
@@ -83,6 +94,7 @@ class Metrics:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
+        self.wandb = start_wandb(wandb, output, step) if wandb else None
         self.progress = tqdm(total=steps, initial=step, desc=name, unit="step", disable=None)
 
     def write(self, step: int, **values: float) -> None:
@@ -93,6 +105,8 @@ class Metrics:
         for name, value in values.items():
             if self.board is not None:
                 self.board.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(record)
         said = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
         self.say(f"step {step}  {said}")
 
@@ -108,6 +122,27 @@ class Metrics:
         self.file.close()
         if self.board is not None:
             self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def start_wandb(project: str, output: Path, step: int) -> Any:
+    """The run on Weights & Biases that belongs to `output`, a new one for a run from step 0.
+
+    Its x-axis is our step, not W&B's own, which cannot go back to that of the last checkpoint.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(f"wandb={project!r} needs a package: pip install wandb") from error
+    kept = output / WANDB_RUN
+    if step == 0 or not kept.exists():
+        kept.write_text(uuid.uuid4().hex[:8])
+    run = wandb.init(
+        project=project, name=output.name, id=kept.read_text(), resume="allow", dir=str(output)
+    )
+    run.define_metric("*", step_metric="step")
+    return run
 
 
 def read_metrics(output: Path) -> list[dict]:

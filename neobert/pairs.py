@@ -10,7 +10,7 @@ import csv
 import gzip
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -180,6 +180,18 @@ class Pairs:
                 else:
                     negatives.append(text)
         return Pair(query[0], tuple(positives), tuple(negatives)), reasons
+
+
+def prompts_of(sources: Iterable[PairSource]) -> dict[str, str]:
+    """{name: prompt} of a model trained on `sources`: each one's by its name; "query" if all have
+    the same; "document", nothing, unless a source is trained with it there too."""
+    sources = list(sources)
+    prompts = {source.title: source.prompt for source in sources}
+    if len(set(prompts.values())) == 1:
+        prompts.setdefault("query", sources[0].prompt)
+        if not any(source.symmetric for source in sources):
+            prompts.setdefault("document", "")
+    return prompts
 
 
 def _texts(row: dict[str, Any], column: str) -> list[str]:

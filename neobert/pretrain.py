@@ -26,6 +26,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from neobert.corpus import open_texts, text_batches
 from neobert.data import Corpus, MaskedBatch, TrainingStream
 from neobert.engine import CONFIG, NonFiniteLossError, prepare, start_accelerator, whole
+from neobert.hub import HubPush
 from neobert.masking import IGNORE_INDEX, Masking
 from neobert.metrics import (
     PLOT,
@@ -60,7 +61,7 @@ TOKENIZER_TEXTS = 200_000  # that a tokenizer is trained on
 # another run than the one that began.
 MAY_CHANGE = {"output", "micro_batch_bins", "padded", "precision", "gradient_checkpointing",
               "compile", "validate_every", "log_every", "save_every", "keep_checkpoints",
-              "tensorboard", "steps", "tokenizer"}  # fmt: skip
+              "tensorboard", "wandb", "push_to_hub", "steps", "tokenizer"}  # fmt: skip
 
 
 @dataclass
@@ -159,9 +160,11 @@ def pretrain(config: PretrainConfig) -> Result:
     model.train()
 
     # --- what the run says ------------------------------------------------------------------------
-    metrics, peak = None, math.nan
+    metrics, hub, peak = None, None, math.nan
     if accelerator.is_main_process:
-        metrics = Metrics("pretrain", output, step, config.steps, config.tensorboard)
+        metrics = Metrics("pretrain", output, step, config.steps, config.tensorboard, config.wandb)
+        if config.push_to_hub:
+            hub = HubPush(config.push_to_hub, metrics.say)
         low = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
         peak = matmul_rate(accelerator.device, low) * processes
         metrics.say(
@@ -257,14 +260,20 @@ def pretrain(config: PretrainConfig) -> Result:
             if step % config.save_every == 0 or step == config.steps or result.stopped_by:
                 progress["lanes"] = gather_states(accelerator, states)
                 progress["seconds"] = time.perf_counter() - began
+                if hub:
+                    hub.wait()  # saving may remove what is being uploaded
                 result.checkpoint = save_checkpoint(
                     output, step, accelerator, model, optimizer, tokenizer, progress,
                     config.keep_checkpoints,
                 )  # fmt: skip
+                if hub:
+                    hub.push(result.checkpoint, step)
             since += time.perf_counter() - paused
             if result.stopped_by:
                 break
 
+    if hub:
+        hub.wait()
     if metrics:
         plot_losses(metrics.records, output / PLOT)
         metrics.close()

@@ -53,6 +53,8 @@ class PretrainConfig:
     gradient_checkpointing: recompute blocks in the backward pass. compile: torch.compile.
     validation_documents: how many documents of each source are held out; validate_every: steps.
     log_every, save_every: steps. keep_checkpoints: how many of the newest are kept.
+    tensorboard: whether metrics go there too; wandb: a Weights & Biases project they go to.
+    push_to_hub: a repository, "owner/name", that every checkpoint is uploaded to.
     """
 
     output: str = "???"
@@ -92,6 +94,8 @@ class PretrainConfig:
     save_every: int = 5000
     keep_checkpoints: int = 3
     tensorboard: bool = True
+    wandb: str | None = None
+    push_to_hub: str | None = None
 
     def __post_init__(self):
         one_of(self, PRECISIONS, "precision")

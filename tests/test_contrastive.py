@@ -19,9 +19,9 @@ from neobert.contrastive import contrastive
 from neobert.contrastive_recipes import load_config
 from neobert.encode import Encoder
 from neobert.engine import NonFiniteLossError
-from neobert.pairs import PairSource
+from neobert.pairs import PairSource, prompts_of
 from neobert.saving import SaveError, checkpoints, load_progress
-from neobert.st_folder import prompts_of, read_prompts
+from neobert.sentence_folder import read_sentence_folder
 from tests.checkpoints import word_tokenizer
 from tests.runs import curve, run, started, wait_for_step
 
@@ -115,7 +115,7 @@ def test_it_learns_and_leaves_a_sentence_transformers_folder(settings):
         ours = Encoder.from_pretrained(folder, device="cpu")
         assert theirs.max_seq_length == config.max_length
         assert theirs.prompts["facts"] == "the old " and theirs.prompts["alike"] == "it was "
-        assert read_prompts(folder) == {"facts": "the old ", "alike": "it was "}
+        assert read_sentence_folder(folder).prompts == {"facts": "the old ", "alike": "it was "}
         for name in ("facts", "alike"):
             expected = theirs.encode(texts, prompt_name=name)
             with pytest.warns(UserWarning, match="truncated"):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from neobert.contrastive_recipes import load_config
 from neobert.encode import HUB_ID
-from neobert.st_folder import prompts_of
+from neobert.pairs import prompts_of
 
 PAPER = Path(__file__).parent.parent / "configs" / "contrastive-paper.yaml"
 

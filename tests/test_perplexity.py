@@ -281,9 +281,9 @@ def scores_of(*lengths_and_losses) -> list[Score]:
 
 def test_means():
     same = scores_of((32, 30, 1.0), (32, 30, 3.0), (48, 46, 2.0), (48, 46, 2.0))
-    assert means_by_length(same) == pytest.approx([(32, math.exp(2)), (48, math.exp(2))])
+    np.testing.assert_allclose(means_by_length(same), [(32, math.exp(2)), (48, math.exp(2))])
     mixed = scores_of((32, 30, 1.0), (33, 31, 3.0), (63, 61, 5.0), (65, 63, 2.0))
     expected = [(32, math.exp(1)), (48, math.exp(4)), (65, math.exp(2))]
-    assert means_by_length(mixed) == pytest.approx(expected)
+    np.testing.assert_allclose(means_by_length(mixed), expected)
     # Over all tokens: a long document counts more.
     assert mean_perplexity(scores_of((4, 2, 1.0), (8, 6, 3.0))) == pytest.approx(math.exp(2.5))

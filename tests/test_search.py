@@ -15,6 +15,7 @@ from neobert.cli import app
 from neobert.encode import Encoder
 from neobert.retrieval import bm25_scores, recall_at
 from neobert.search import Index, IndexSettings, build_index
+from neobert.sentence_folder import write_sentence_folder
 from neobert.signals import Stopped
 from tests.tiny import texts, write_tiny_checkpoint
 
@@ -112,7 +113,7 @@ def test_the_prompts_are_the_models_unless_others_are_given(tmp_path):
     model, source = write_tiny_checkpoint(tmp_path / "model"), tmp_path / "texts.txt"
     source.write_text("some text\nmore text\n")
     prompts = {"query": "find: ", "document": "text: "}
-    (model / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts}))
+    write_sentence_folder(model, 128, 32, prompts)
     command = ["index", "--model", model, "--input", source, "--output", tmp_path / "i"]
     for options, expected in (
         ([], ("text: ", "find: ")),
@@ -122,6 +123,7 @@ def test_the_prompts_are_the_models_unless_others_are_given(tmp_path):
         assert code == 0, said
         settings = Index.load(tmp_path / "i", device="cpu").settings
         assert (settings.prompt, settings.query_prompt) == expected
+        assert (settings.pooling, settings.max_length) == ("mean", 32)
 
 
 def test_the_commands(tmp_path, checkpoint):

@@ -3,12 +3,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <fstream>
 #include <sstream>
 #include <stdexcept>
 #include <tuple>
 #include <vector>
-
-#include <unistd.h>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -99,6 +98,17 @@ void parallel(int64_t tasks, int64_t bytes_per_task, F&& f) {
   torch::stable::parallel_for(0, tasks, grain, f);
 }
 
+// Bytes of the last cache that a core can use, 32 MiB where the system does not tell. sysconf() is not
+// asked: of an AMD processor it gives the sum over the socket, 384 MiB where a core has 32.
+inline int64_t last_cache_bytes() {
+  static const int64_t bytes = [] {
+    int64_t kib = 0;
+    std::ifstream("/sys/devices/system/cpu/cpu0/cache/index3/size") >> kib;
+    return (kib > 0 ? kib : 32 << 10) << 10;
+  }();
+  return bytes;
+}
+
 // Whether to write these outputs of (rows, dim) past the caches. An ordinary store first reads the
 // line that it overwrites, a third of all traffic in a copy; a streaming store does not, but its
 // reader finds nothing in the cache. So it is for outputs of half the last cache or more, of which
@@ -107,12 +117,11 @@ void parallel(int64_t tasks, int64_t bytes_per_task, F&& f) {
 // the bytes it falls. Whole vectors only: every row must begin at a multiple of 64 bytes.
 template <class... T>
 bool worth_streaming(int64_t rows, int64_t dim, const T*... outputs) {
-  static const int64_t last_cache = std::max<int64_t>(sysconf(_SC_LEVEL3_CACHE_SIZE), 8 << 20);
   const int64_t bytes = (0 + ... + (rows * dim * static_cast<int64_t>(sizeof(T))));
   auto aligned = [&](auto* p) {
     return reinterpret_cast<uintptr_t>(p) % 64 == 0 && dim * sizeof(*p) % 64 == 0;
   };
-  return bytes >= last_cache / 2 && (aligned(outputs) && ...);
+  return bytes >= last_cache_bytes() / 2 && (aligned(outputs) && ...);
 }
 
 // f(std::true_type) or f(std::false_type): a run-time choice as a template argument.

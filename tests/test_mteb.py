@@ -1,0 +1,439 @@
+"""MTEB through mteb itself, on a tiny model and data made on the spot, without a network."""
+
+import json
+import math
+
+import mteb
+import numpy as np
+import pytest
+import torch
+from mteb._create_dataloaders import _create_dataloader_from_texts
+from mteb.mocks import ALL_MOCK_TASK_TEST_GRID, MockRetrievalTask, MockSTSTask
+from mteb.models import SentenceTransformerEncoderWrapper
+from mteb.models.models_protocols import EncoderProtocol
+from mteb.types import PromptType
+from scipy.stats import pearsonr, spearmanr
+from sentence_transformers import SentenceTransformer
+
+from neobert import instructions, mteb_table
+from neobert.checkpoint import write_random_checkpoint
+from neobert.mteb import (
+    BENCHMARK,
+    EvaluationError,
+    MTEBEncoder,
+    evaluate,
+    select_tasks,
+)
+from neobert.sentence_folder import SentenceFolder, read_sentence_folder
+from tests import tiny
+from tests.test_cli import run
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.no_poison,  # mteb's classifiers and k-means are not ours to make deterministic
+    pytest.mark.filterwarnings("ignore"),
+]
+
+STS = MockSTSTask().metadata
+RETRIEVAL = MockRetrievalTask().metadata
+
+
+@pytest.fixture(autouse=True)
+def _no_hub(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny.write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return MTEBEncoder(str(checkpoint), device="cpu", max_tokens=512)
+
+
+def encode(model, texts, task=STS, prompt_type=None, batch_size=2, **options):
+    return model.encode(
+        _create_dataloader_from_texts(texts, batch_size=batch_size),
+        task_metadata=task,
+        hf_split="test",
+        hf_subset="default",
+        prompt_type=prompt_type,
+        **options,
+    )
+
+
+def cosines(a, b):
+    return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+
+
+def write_sts(path, pairs=24):
+    """Pairs of docstrings with a score; also returns them by column."""
+    texts = tiny.texts()[: 2 * pairs]
+    scores = np.random.default_rng(0).uniform(0, 5, pairs).round(2).tolist()
+    columns = texts[:pairs], texts[pairs:], scores
+    rows = [
+        json.dumps({"sentence1": a, "sentence2": b, "score": score})
+        for a, b, score in zip(*columns, strict=True)
+    ]
+    path.write_text("\n".join(rows))
+    return columns
+
+
+# The model
+
+
+def test_every_text_task_of_mteb_runs(model):
+    assert isinstance(model, EncoderProtocol)
+    results = mteb.mock_run(model)
+    of_text = [t for t in ALL_MOCK_TASK_TEST_GRID if t.metadata.modalities == ["text"]]
+    ran = {name for name, status in results.items() if status is not None}
+    assert results.all_passed and ran == {task.metadata.name for task in of_text}
+    assert len(ran) >= 28
+
+
+def test_texts_are_packed_across_the_batches_of_mteb(model):
+    texts = tiny.texts()[:101]
+    vectors = encode(model, texts, show_progress_bar=False)
+    stats = model.encoder.stats
+    # 51 batches of mteb's; ours are of 512 tokens, nearly full.
+    assert stats.texts == 101 and stats.batches <= math.ceil(stats.tokens / 512 * 1.2) < 30
+    assert vectors.shape == (101, tiny.HIDDEN_SIZE) and vectors.dtype == np.float32
+    prompt = "Retrieve semantically similar text. "
+    np.testing.assert_array_equal(vectors, model.encoder.encode(texts, prompt=prompt))
+    assert np.abs(vectors - model.encoder.encode(texts)).max() > 0.01
+
+
+def test_similarity_is_the_cosine(model):
+    a, b = torch.randn(2, 5, 8).numpy()
+    np.testing.assert_allclose(model.similarity_pairwise(a, b), cosines(a, b), atol=1e-6)
+    np.testing.assert_allclose(model.similarity(a, b).diagonal(), cosines(a, b), atol=1e-6)
+
+
+def test_totals_count_every_call(checkpoint):
+    model = MTEBEncoder(str(checkpoint), device="cpu", instructions=False)
+    encode(model, ["a text", "another"])
+    encode(model, ["word " * 500, " "])
+    assert (model.totals.texts, model.totals.truncated, model.totals.batches) == (4, 1, 2)
+    assert model.empty_texts == 1
+    assert model.totals.tokens > tiny.MAX_LENGTH and model.totals.seconds > 0
+
+
+def test_an_embedding_that_is_not_finite_stops_with_its_text(checkpoint, tmp_path):
+    model = MTEBEncoder(str(checkpoint), device="cpu", instructions=False)
+    columns = write_sts(tmp_path / "sts.jsonl")
+    ids = [set(model.encoder.tokenizer(text)["input_ids"]) for text in columns[0]]
+    index = next(i for i in range(10, len(ids)) if ids[i] - set().union(*ids[:i]))
+    bad = (ids[index] - set().union(*ids[:index])).pop()
+    with torch.no_grad():
+        model.encoder.model.get_input_embeddings().weight[bad] = torch.nan
+    tasks = select_tasks([str(tmp_path / "sts.jsonl")])
+    with pytest.raises(EvaluationError, match=rf"^sts-\w+: .*of text {index} of sts.* not finite"):
+        list(evaluate(model, tasks, tmp_path / "out"))
+    assert not list(tmp_path.rglob("sts-*.json"))
+    with pytest.raises(ValueError, match="precision must be float32, got 'int8'"):
+        encode(model, ["a text"], precision="int8")
+
+
+def test_model_meta(checkpoint, model, tmp_path):
+    meta = model.mteb_model_meta
+    assert meta.name == f"local/{checkpoint.name}" and len(meta.revision) == 40
+    assert meta.experiment_kwargs is None and meta.max_tokens == tiny.MAX_LENGTH
+    parameters = list(model.encoder.model.parameters())
+    assert meta.n_parameters == sum(p.numel() for p in parameters)
+    assert meta.n_active_parameters == meta.n_parameters - 1000 * tiny.HIDDEN_SIZE
+    assert meta.memory_usage_mb * 2**20 == 4 * meta.n_parameters
+    assert meta.modalities == ["text"] and meta.similarity_fn_name.value == "cosine"
+    json.dumps(meta.to_dict(), default=str)
+
+    other = MTEBEncoder(str(checkpoint), dtype="float16", max_length=64, instructions=False)
+    assert other.mteb_model_meta.revision == meta.revision
+    assert other.mteb_model_meta.experiment_kwargs == {
+        "dtype": "float16",
+        "max_length": 64,
+        "instructions": False,
+    }
+    # Other weights in a folder of the same name are another model.
+    same_name = tiny.write_tiny_checkpoint(tmp_path / checkpoint.name)
+    config = other.encoder.model.config
+    assert MTEBEncoder(str(same_name)).mteb_model_meta == meta
+    write_random_checkpoint(same_name, config, seed=1, outliers=False)
+    assert MTEBEncoder(str(same_name)).mteb_model_meta.revision != meta.revision
+
+
+# Instructions and prompts
+
+
+def test_every_task_of_the_benchmark_has_its_instruction():
+    tasks = mteb.get_benchmark(BENCHMARK).tasks
+    names = {task.metadata.name for task in tasks}
+    forums = {part.metadata.name for task in tasks for part in getattr(task, "tasks", [])}
+    assert len(names) == 56 and len(forums) == 12
+    assert set(instructions.TASKS) == names | forums
+    assert all(text.endswith(".") for text in instructions.TASKS.values())
+    types = {task.metadata.type for task in tasks} | {"BitextMining"}
+    assert types <= set(instructions.TYPES)
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("SICK-R", "Retrieve semantically similar text. "),
+        ("STS22", "Retrieve semantically similar text. "),
+        ("BiorxivClusteringS2S", "Identify the main and secondary category of Biorxiv papers based "
+         "on their titles. "),
+        ("StackExchangeClustering", "Identify the topic or theme of StackExchange posts based on "
+         "their titles. "),
+        ("SciFact", "Given a scientific claim, retrieve documents that support or refute the "
+         "claim . "),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("prompt_type", [None, *PromptType])
+def test_the_papers_instruction(model, name, expected, prompt_type):
+    assert model.prompt(mteb.get_task(name).metadata, prompt_type) == expected
+
+
+def test_a_task_beyond_the_paper_has_its_types_instruction(model):
+    assert model.prompt(RETRIEVAL, PromptType.query) == "Given a query, retrieve relevant texts. "
+
+
+@pytest.fixture(scope="module")
+def sentence_folder(checkpoint, tmp_path_factory):
+    """save(prompts, **changes to the pooling) → a folder saved by sentence-transformers."""
+
+    def save(prompts, pooling="mean", **more):
+        folder = tmp_path_factory.mktemp("sentences")
+        saved = SentenceTransformer(str(checkpoint), device="cpu")
+        saved[1].pooling_mode = pooling
+        saved.prompts = prompts
+        for key, value in more.items():
+            setattr(saved, key, value)
+        saved.save(str(folder))
+        return folder
+
+    return save
+
+
+@pytest.mark.parametrize("prompts, expected", [
+    ({"STS": "alike: ", "query": "q: "}, ["alike: ", "q: ", ""]),
+    ({"document": "d: "}, ["", "", "d: "]),
+    ({"query": "", "document": ""}, "the paper's"),  # as sentence-transformers writes by itself
+    ({"ALLNLI": "of a data set: "}, "the paper's"),
+    ({"ALLNLI": "of a data set: ", "document": ""},
+     ["Retrieve semantically similar text. ", "Given a query, retrieve relevant texts. ", ""]),
+    ({MockRetrievalTask().metadata.name: "own: "}, ["Retrieve semantically similar text. ", "own: ",
+                                                    "own: "]),
+])  # fmt: skip
+def test_a_folders_own_prompts_come_first(sentence_folder, prompts, expected):
+    model = MTEBEncoder(str(sentence_folder(prompts)), device="cpu")
+    asked = [(STS, None), (RETRIEVAL, PromptType.query), (RETRIEVAL, PromptType.document)]
+    if expected == "the paper's":
+        expected = [instructions.prompt(task.name, task.type) for task, _ in asked]
+    assert [model.prompt(*each) for each in asked] == expected
+    bare = MTEBEncoder(str(sentence_folder(prompts)), device="cpu", instructions=False)
+    assert [bare.prompt(*each) for each in asked] == ["", "", ""]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_same_vectors_as_sentence_transformers(sentence_folder, pooling):
+    folder = str(sentence_folder({"query": "q: ", "document": "d: "}, pooling))
+    ours = MTEBEncoder(folder, device="cpu")
+    theirs = SentenceTransformerEncoderWrapper(folder, device="cpu")
+    texts = [text[:200] for text in tiny.texts()[:20]]
+    for prompt_type in PromptType:
+        a, b = (encode(each, texts, RETRIEVAL, prompt_type) for each in (ours, theirs))
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+
+
+def test_what_a_sentence_folder_says(sentence_folder, checkpoint, tmp_path):
+    assert read_sentence_folder(checkpoint) == SentenceFolder()
+    folder = sentence_folder({"a": "A "}, default_prompt_name="a", max_seq_length=50)
+    read = read_sentence_folder(folder)
+    assert (read.pooling, read.default_prompt, read.normalize) == ("mean", "A ", False)
+    pooling = folder / "1_Pooling" / "config.json"
+    pooling.write_text(
+        json.dumps({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False})
+    )
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 50}')
+    assert read_sentence_folder(folder).pooling == "cls"
+    model = MTEBEncoder(str(folder), device="cpu")
+    assert model.encoder.max_length == 50 and model.mteb_model_meta.experiment_kwargs is None
+    for config, error in [
+        ({"pooling_mode": "weightedmean"}, "pools by weightedmean"),
+        ({"pooling_mode": "mean", "include_prompt": False}, "has prompts and pools without"),
+    ]:
+        pooling.write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=error):
+            read_sentence_folder(folder)
+    modules = json.loads((folder / "modules.json").read_text())
+    modules.append({"idx": 2, "path": "2_Dense", "type": "sentence_transformers.models.Dense"})
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ValueError, match="Transformer, Pooling, Dense in"):
+        read_sentence_folder(folder)
+
+
+# Evaluating
+
+
+def test_a_local_task_scores_as_computed_by_hand(model, tmp_path):
+    first, second, scores = write_sts(tmp_path / "pairs.jsonl")
+    prompt = "Retrieve semantically similar text. "
+    a, b = (model.encoder.encode(texts, prompt=prompt).astype(float) for texts in (first, second))
+    [(task, result)] = evaluate(model, select_tasks([str(tmp_path / "pairs.jsonl")]), tmp_path)
+    [found] = result.scores["test"]
+    assert task.metadata.type == "STS"
+    assert result.get_score() == found["cosine_spearman"]
+    assert found["cosine_spearman"] == pytest.approx(spearmanr(cosines(a, b), scores)[0], abs=1e-9)
+    assert found["cosine_pearson"] == pytest.approx(pearsonr(cosines(a, b), scores)[0], abs=1e-5)
+
+
+def test_finished_tasks_are_not_computed_again(checkpoint, tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        write_sts(tmp_path / f"{name}.jsonl", 10 if name == "one" else 12)
+    model = MTEBEncoder(str(checkpoint), device="cpu")
+    names = [str(tmp_path / f"{name}.jsonl") for name in ("one", "two")]
+    run = evaluate(model, select_tasks(names), tmp_path / "out")
+    _, first = next(run)  # stopped after one of two
+    run.close()
+    assert model.totals.texts == 20
+    results = list(evaluate(model, select_tasks(names), tmp_path / "out"))
+    assert model.totals.texts == 20 + 24 and results[0][1].task_name == first.task_name
+
+    monkeypatch.setattr(MTEBEncoder, "encode", None)  # would fail if anything were computed
+    again = list(evaluate(model, select_tasks(names), tmp_path / "out"))
+    # The cache has six decimals.
+    scores = [result.get_score() for _, result in results]
+    assert [result.get_score() for _, result in again] == pytest.approx(scores, abs=1e-6)
+    monkeypatch.undo()
+    write_sts(tmp_path / "one.jsonl", 11)  # other contents are another task
+    list(evaluate(model, select_tasks(names[:1]), tmp_path / "out"))
+    assert model.totals.texts == 44 + 22
+    other = MTEBEncoder(str(checkpoint), device="cpu", dtype="bfloat16")
+    list(evaluate(other, select_tasks(names[:1]), tmp_path / "out"))
+    assert other.totals.texts == 22
+
+
+def hub_folder(folder):
+    """STSBenchmark's data set and NFCorpus's as they lie on the hub, and a folder of each."""
+    sts = folder / "mteb" / "stsbenchmark-sts"
+    sts.mkdir(parents=True)
+    columns = write_sts(sts / "test.jsonl")
+    retrieval = folder / "mteb" / "nfcorpus"
+    retrieval.mkdir()
+    configs = {"corpus": "corpus", "queries": "queries", "default": "test"}
+    lines = ["---", "configs:"]
+    for config, split in configs.items():
+        lines += [f"- config_name: {config}", "  data_files:", f"  - split: {split}",
+                  f"    path: {config}.jsonl"]  # fmt: skip
+    (retrieval / "README.md").write_text("\n".join([*lines, "---", ""]))
+    corpus = [{"_id": f"d{i}", "title": "", "text": t} for i, t in enumerate(columns[0])]
+    queries = [{"_id": f"q{i}", "text": t} for i, t in enumerate(columns[1][:3])]
+    qrels = [{"query-id": f"q{i}", "corpus-id": f"d{5 * i}", "score": 1} for i in range(3)]
+    for name, rows in (("corpus", corpus), ("queries", queries), ("default", qrels)):
+        (retrieval / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return columns
+
+
+def test_mtebs_own_tasks_on_data_sets_in_a_folder(checkpoint, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    first, second, scores = hub_folder(tmp_path / "data")
+    tasks = select_tasks(["STSBenchmark", "NFCorpus"], data=tmp_path / "data")
+    results = dict((t.metadata.name, r) for t, r in evaluate(model, tasks, tmp_path / "out"))
+    prompt = instructions.prompt("STSBenchmark", "STS")
+    a, b = (model.encoder.encode(texts, prompt=prompt).astype(float) for texts in (first, second))
+    by_hand = spearmanr(cosines(a, b), scores)[0]
+    assert results["STSBenchmark"].get_score() == pytest.approx(by_hand, abs=1e-9)
+    assert 0 <= results["NFCorpus"].get_score() <= 1
+    loaded = mteb.ResultCache(tmp_path / "out").load_results(tasks=["STSBenchmark", "NFCorpus"])
+    [of_model] = loaded.model_results
+    assert of_model.model_name == f"local/{checkpoint.name}" and len(of_model.task_results) == 2
+    # The tasks that mteb keeps are as they were.
+    assert mteb.get_task("STSBenchmark").metadata.dataset["path"] == "mteb/stsbenchmark-sts"
+    with pytest.raises(ValueError, match=r"STS12: there is no folder .*sts12-sts; to have it"):
+        select_tasks(["STS12"], data=tmp_path / "data")
+    with pytest.raises(ValueError, match="CQADupstackAndroidRetrieval: there is no folder"):
+        select_tasks(["CQADupstackRetrieval"], data=tmp_path / "data")
+
+
+@pytest.mark.parametrize("names, group, error", [
+    (["STSBenchmrk"], BENCHMARK, "'STSBenchmrk' not found. Did you mean: 'STSBenchmark'"),
+    ([], "MTEB(eng, v7)", r"'MTEB\(eng, v7\)' not found. Did you mean: MTEB\(eng, v2\)"),
+    (["CIFAR10"], BENCHMARK, "CIFAR10 is a task of image, and a NeoBERT reads text"),
+    (["nowhere.csv"], BENCHMARK, "there is no task data at nowhere.csv"),
+])  # fmt: skip
+def test_tasks_that_there_are_not(names, group, error):
+    with pytest.raises((ValueError, FileNotFoundError), match=error):
+        select_tasks(names, group)
+
+
+def test_a_benchmarks_tasks_and_any_others():
+    assert len(select_tasks()) == 56
+    [one, other] = select_tasks(["MSMARCO", "STSBenchmark"])
+    assert one.eval_splits == ["dev"] and other.eval_splits == ["test"]  # as the benchmark has them
+    assert select_tasks(["STS17"])[0].hf_subsets == ["en-en"]
+    assert select_tasks(["NFCorpus"], "MTEB(eng, v2)")[0].metadata.name == "NFCorpus"
+
+
+# The table
+
+
+class Result:
+    def __init__(self, score):
+        self.score = score
+
+    def get_score(self):
+        return self.score
+
+
+def test_the_average_is_the_papers(model):
+    """Of Table 4's row of NeoBERT, each task as good as its type: the average over tasks."""
+    row = dict(zip(mteb_table.COLUMNS, (61.6, 40.8, 76.2, 51.2, 31.6, 74.8, 30.7), strict=True))
+    results = [(t, Result(row[t.metadata.type] / 100)) for t in mteb.get_benchmark(BENCHMARK).tasks]
+    summary = mteb_table.summary(model.mteb_model_meta, results, BENCHMARK)
+    assert [f["tasks"] for f in summary["types"].values()] == [12, 11, 3, 4, 15, 10, 1]
+    assert round(summary["average"]["score"], 1) == 51.3
+    assert summary["missing"] == summary["others"] == []
+    header, _, cells = mteb_table.markdown(summary).splitlines()
+    assert header.endswith(
+        "| Class., 12 tasks | Clust., 11 tasks | PairClass., 3 tasks | Rerank., 4 tasks "
+        "| Retriev., 15 tasks | STS, 10 tasks | Summ., 1 tasks | Avg. |"
+    )
+    assert cells.endswith("| 61.6 | 40.8 | 76.2 | 51.2 | 31.6 | 74.8 | 30.7 | 51.3 |")
+
+
+def test_a_table_of_some_tasks_says_so(model):
+    results = [(task, Result(0.5)) for task in select_tasks(["STS12", "SICK-R", "STS22.v2"])]
+    summary = mteb_table.summary(model.mteb_model_meta, results, BENCHMARK)
+    lines = mteb_table.markdown(summary).splitlines()
+    assert lines[2].endswith("| - | - | - | - | - | 50.0 | - | 50.0 |")
+    assert lines[-1] == f"2 of the 56 tasks of {BENCHMARK}, and 1 others."
+
+
+# The command
+
+
+def test_the_command(tmp_path, checkpoint):
+    write_sts(tmp_path / "pairs.jsonl")
+    command = ["eval", "mteb", "--model", checkpoint, "--device", "cpu", "--output",
+               tmp_path / "out", "--tasks", tmp_path / "pairs.jsonl"]  # fmt: skip
+    code, said = run(*command, "--no-progress", "--dtype", "float16")
+    assert code == 0, said
+    assert "48 texts" in said and "| Class. | Clust. |" in said
+    [table] = (tmp_path / "out").glob("*.json")
+    summary = json.loads(table.read_text())
+    assert summary["model"] == f"local/{checkpoint.name} (dtype=float16)"
+    [score] = [figures["score"] for figures in summary["tasks"].values()]
+    assert summary["average"] == {"tasks": 1, "score": score}
+    assert table.with_suffix(".md").read_text().strip() in said
+    code, said = run(*command, "--dtype", "float16")
+    assert code == 0 and "1 tasks, 0 texts" in said, said
+    for more, error in [
+        (["--tasks", "STSBenchmrk"], "Did you mean: 'STSBenchmark'"),
+        (["--dtype", "float8"], "dtype must be one of float32, bfloat16, float16"),
+        (["--tasks", "STS12"], "STS12: Couldn't reach"),
+    ]:
+        code, said = run(*command, *more)
+        assert code == 1 and error in said and "Traceback" not in said, said
