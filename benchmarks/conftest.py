@@ -12,13 +12,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from compare import DEVICE, TOKENS, serving
-from timing import (
-    copy_bytes_per_second,
-    cuda_seconds,
-    keep_freed_memory,
-    median_seconds,
-    write_results,
-)
+from timing import copy_bytes_per_second, cuda_seconds, median_seconds, write_results
+
+from neobert.memory import keep_freed_memory
 
 
 def pytest_configure(config):

@@ -4,7 +4,6 @@ Every figure is the median of its rounds, and the copy that a kernel is held aga
 same way beside it: a shared machine's speed drifts, and a share of the copy drifts less.
 """
 
-import ctypes
 import datetime
 import json
 import statistics
@@ -64,20 +63,6 @@ def copy_bytes_per_second(moved_bytes: int, device: str = "cpu") -> float:
     copy = partial(target.copy_, source)
     seconds = statistics.median(cuda_seconds(copy)) if device == "cuda" else median_seconds(copy)
     return 8 * source.numel() / seconds
-
-
-def keep_freed_memory() -> None:
-    """Makes glibc keep freed blocks of up to 1 GiB instead of returning them to the system.
-
-    By default every tensor above 32 MiB is mapped when it is made and unmapped when it is dropped,
-    and a call would mostly measure page faults (a clone of 67 MB ran at 3 GB/s for a copy's 40),
-    in plain PyTorch as in ours.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        libc.mallopt(m_mmap_threshold, 2**30)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def results_file() -> Path:

@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from neobert import cli_eval, cli_search, cli_train
 from neobert.encode import Encoder, TruncationWarning
 from neobert.files import NpyWriter, count_lines, read_texts
+from neobert.memory import keep_freed_memory
 from neobert.signals import Stopped, stopped_by_signals
 from neobert_kernels import __main__ as kernels
 from neobert_kernels import _compiled
@@ -90,6 +91,12 @@ def encode(
         str | None,
         typer.Option(help="cpu, cuda or cuda:1.", show_default="the GPU if there is one"),
     ] = None,
+    batch_invariant: Annotated[
+        bool,
+        typer.Option(
+            "--batch-invariant", help="The same text gets the same bits in any batch and order."
+        ),
+    ] = False,
     progress: Annotated[
         bool | None,
         typer.Option(
@@ -111,7 +118,13 @@ def encode(
                 texts = read_texts(source, "stdin" if input == "-" else input, field)
                 total = None if input == "-" else count_lines(Path(input))
                 typer.echo(f"loading {model}", err=True)
-                encoder = Encoder.from_pretrained(model, device, dtype and dtype.value, max_length)
+                encoder = Encoder.from_pretrained(
+                    model,
+                    device,
+                    dtype and dtype.value,
+                    max_length,
+                    batch_invariant=batch_invariant,
+                )
                 writer.dim = encoder.dim
                 stream = encoder.encode_stream(
                     texts,
@@ -154,6 +167,14 @@ def bench(
     plot: Annotated[
         bool, typer.Option("--plot", help="Also draw the table, beside the results file.")
     ] = False,
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile",
+            help="Instead: where NeoBERT's time goes, op by op against the roofline; "
+            "--quick takes 4 of its layers.",
+        ),
+    ] = False,
     models: Annotated[
         str, typer.Option(help="Names, comma-separated: neobert,neobert-plain,bert-base, …")
     ] = "",
@@ -186,6 +207,7 @@ def bench(
     --models neobert,neobert-plain,neobert-compiled, then the four base models, then the large.
     """
     # Here, for the other commands need none of transformers' encoders.
+    from neobert.breakdown.run import run as take_apart
     from neobert.throughput import results
     from neobert.throughput import run as throughput
     from neobert.throughput.plot import draw, find_plotting
@@ -205,6 +227,9 @@ def bench(
     except (ValueError, ImportError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
+    if profile:
+        path = take_apart(plan.device, plan.dtype, output, plot, quick, typer.echo)
+        return typer.echo(f"written to {path}", err=True)
     typer.echo(
         f"{len(plan.contestants)} models, {len(plan.workloads)} workloads, {plan.dtype} on "
         f"{plan.device}, at most {plan.seconds:.0f} s",
@@ -249,4 +274,5 @@ def info() -> None:
 
 
 def main() -> None:
+    keep_freed_memory()
     app(prog_name="neobert")

@@ -26,6 +26,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from neobert.graphs import CudaCapturer, PackedGraphs
 from neobert.groups import check_text, check_unicode, in_groups
+from neobert.invariance import make_batch_invariant, unit_length
 from neobert.model import NeoBERT
 from neobert.packing import PackedBatch, pack, token_budget_batches
 from neobert.text import TextTokenizer
@@ -97,6 +98,8 @@ class Encoder:
     cuda_graphs: compute small batches, queries above all, as one replayed CUDA graph each
         (`neobert.graphs`). The first batch of a size waits for its capture. Batches beyond the
         largest graph are computed as ever; `stats.graphed` and the log say so.
+    batch_invariant: a text gets the same bits alone, in any batch and in any order. On CPUs
+        without AMX it does so in any case; see `neobert.invariance`, also for its ValueError.
     Raises ValueError if `max_length` is beyond the model's, or if the tokenizer has ids that the
     model has no embedding for, or if `cuda_graphs` are asked of a model that is not on a GPU.
     """
@@ -107,7 +110,10 @@ class Encoder:
         tokenizer: PreTrainedTokenizerBase,
         max_length: int | None = None,
         cuda_graphs: bool = False,
+        batch_invariant: bool = False,
     ):
+        if batch_invariant:
+            make_batch_invariant(model)
         self.model = model.eval()
         self.tokenizer = tokenizer
         self._tokenize = TextTokenizer(tokenizer)
@@ -136,6 +142,7 @@ class Encoder:
         dtype: torch.dtype | str | None = None,
         max_length: int | None = None,
         cuda_graphs: bool = False,
+        batch_invariant: bool = False,
         **hub_options: Any,
     ) -> Encoder:
         """Load a checkpoint directory or a hub repository, `chandar-lab/NeoBERT` for one.
@@ -143,14 +150,14 @@ class Encoder:
         device: by default the GPU if there is one, else the CPU.
         dtype: "float32", "bfloat16", "float16" or the torch.dtype of the weights and activations;
             by default bfloat16 on a GPU and float32 on a CPU. Embeddings are float32 always.
-        max_length, cuda_graphs: see `Encoder`.
+        max_length, cuda_graphs, batch_invariant: see `Encoder`.
         hub_options: passed on to transformers (revision, token, cache_dir, local_files_only, …).
         """
         check_model_name(path_or_hub_id)
         device, dtype = device_and_dtype(device, dtype)
         tokenizer = AutoTokenizer.from_pretrained(path_or_hub_id, **hub_options)
         model = NeoBERT.from_pretrained(path_or_hub_id, dtype=dtype, **hub_options)
-        return cls(model.to(device), tokenizer, max_length, cuda_graphs)
+        return cls(model.to(device), tokenizer, max_length, cuda_graphs, batch_invariant)
 
     @property
     def device(self) -> torch.device:
@@ -356,7 +363,7 @@ class Encoder:
             max_seqlen=batch.max_seqlen,
         ).last_hidden_state[0]
         rows = pool(hidden, batch.cu_seqlens, pooling)
-        return torch.nn.functional.normalize(rows, dim=-1) if normalize else rows
+        return unit_length(rows) if normalize else rows
 
     def _checked_max_length(self, max_length: int | None, default: int) -> int:
         if max_length is None:

@@ -16,7 +16,7 @@ from neobert_kernels.unchecked import (
     linear,
     linear_swiglu,
     rms_norm,
-    varlen_attention_qkv,
+    rotary_attention_,
 )
 
 
@@ -30,13 +30,18 @@ class RMSNorm(nn.RMSNorm):
 
 
 class Linear(nn.Linear):
-    """A projection without bias that can add itself to the residual stream."""
+    """A projection without bias that can add itself to the residual stream.
+
+    batch_invariant: see `neobert_kernels.linear`; `neobert.invariance` sets it.
+    """
+
+    batch_invariant = False
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return linear(x, self.weight, residual)
+        return linear(x, self.weight, residual, self.batch_invariant)
 
 
 def is_bare(module: nn.Module, cls: type[nn.Module] = Linear) -> bool:
@@ -70,11 +75,11 @@ def norm(module: Any, x: Tensor) -> Tensor:
     return module(x) if weight is None else rms_norm(x, weight, module.eps)
 
 
-def project(module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+def project(module: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """module(x), plus the residual stream where one is given: in one op if `module` is ours."""
     weight = bare_weight(module)
     if weight is not None:
-        return linear(x, weight, residual)
+        return linear(x, weight, residual, module.batch_invariant)
     if residual is None:
         return module(x)
     if isinstance(module, Linear):
@@ -92,8 +97,12 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         modules: Any = self._modules
-        weight = bare_weight(modules["w12"])
-        gated = swiglu(modules["w12"](x)) if weight is None else linear_swiglu(x, weight)
+        w12 = modules["w12"]
+        weight = bare_weight(w12)
+        if weight is None:
+            gated = swiglu(w12(x))
+        else:
+            gated = linear_swiglu(x, weight, w12.batch_invariant)
         return project(modules["w3"], gated, residual)
 
 
@@ -176,8 +185,10 @@ class NeoBERTBlock(GradientCheckpointingLayer):
         max_seqlen: int,
     ) -> Tensor:
         modules: Any = self._modules
-        qkv = self.rotated_qkv(hidden, cos, sin, positions)
-        attended = varlen_attention_qkv(qkv, cu_seqlens, max_seqlen, self.scale)
+        qkv = project(modules["qkv"], norm(modules["attention_norm"], hidden))
+        attended = rotary_attention_(
+            qkv, self.heads, cos, sin, positions, cu_seqlens, max_seqlen, self.scale
+        )
         hidden = project(modules["wo"], attended.flatten(1), hidden)
         return modules["ffn"](norm(modules["ffn_norm"], hidden), hidden)
 

@@ -31,14 +31,16 @@ def learning_rate(
     warmup_steps: int = 2000,
     decay_fraction: float = 0.9,
     min_lr_ratio: float = 0.1,
+    linear: bool = False,
 ) -> float:
     """The learning rate of step `step`, 0 being the first of `steps`.
 
-    Up in a line over `warmup_steps` steps to `lr`, then down a cosine that reaches
+    Up in a line over `warmup_steps` steps to `lr`, then down a cosine (or `linear`) that reaches
     min_lr_ratio * lr at step decay_fraction * steps, and constant from there.
     """
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
     end = decay_fraction * steps
     progress = min(1.0, (step - warmup_steps) / (end - warmup_steps)) if end > warmup_steps else 1.0
-    return lr * (min_lr_ratio + (1 - min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2)
+    left = 1 - progress if linear else (1 + math.cos(math.pi * progress)) / 2
+    return lr * (min_lr_ratio + (1 - min_lr_ratio) * left)

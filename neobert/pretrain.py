@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -365,8 +366,8 @@ def gather_states(accelerator: Accelerator, states: dict[int, dict]) -> dict[str
     return {str(lane): state for each in everyone for lane, state in each.items()}
 
 
-def keep_batches(output: Path, step: int, rank: int, batches: list[MaskedBatch]) -> Path:
-    """Write a process's micro-batches of a step for inspection, as a list of `inputs()`."""
+def keep_batches(output: Path, step: int, rank: int, batches: Sequence[Any]) -> Path:
+    """Write a process's micro-batches of a step for inspection, as a list of their `inputs()`."""
     path = output / f"non-finite-step-{step + 1}-process-{rank}.pt"
     torch.save([batch.inputs() for batch in batches], path)
     return path

@@ -114,6 +114,37 @@ def save_checkpoint(
     return final
 
 
+def write_whole(final: Path, write: Callable[[Path], object]) -> None:
+    """Make the directory `final`, in place of an older one, of what `write` puts in the directory
+    it is given: whole, or not there. Raises SaveError if writing fails."""
+    aside = final.with_name(f".{final.name}.unfinished")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        write(aside)
+        _flush(aside)
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(aside, final)
+        _flush(final.parent)
+    except Exception as error:  # whatever safetensors, torch or the system raise on a full disk
+        shutil.rmtree(aside, ignore_errors=True)
+        raise SaveError(f"{final} could not be written ({error})") from error
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a file whole, in place of an older one. Raises SaveError if writing fails."""
+    aside = path.with_name(f".{path.name}.unfinished")
+    try:
+        with open(aside, "w") as file:
+            file.write(json.dumps(value, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise SaveError(f"{path} could not be written ({error})") from error
+
+
 def export_model(checkpoint: Path, folder: Path) -> None:
     """Copy a checkpoint without what only training needs; `folder` appears, or is replaced, whole.
 

@@ -13,6 +13,7 @@ from .linear import linear, linear_swiglu
 from .pooling import pool
 from .rms_norm import add_rms_norm, rms_norm
 from .rotary import apply_rotary, apply_rotary_qkv_
+from .rotary_attention import rotary_attention_
 from .swiglu import swiglu
 
 if _gpu.why_not() is None:
@@ -27,6 +28,7 @@ __all__ = [
     "linear_swiglu",
     "pool",
     "rms_norm",
+    "rotary_attention_",
     "swiglu",
     "varlen_attention",
     "varlen_attention_qkv",

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._checks import at_least_float32, check_dtype, check_same_device, check_same_dtype
-from ._library import define, is_any_autocast_enabled, ops
+from ._library import define, has_kernel, impl, is_any_autocast_enabled, ops
 from .swiglu import reference as swiglu_reference
 from .swiglu import swiglu
 
@@ -29,20 +29,24 @@ PYTORCH_DWEIGHT_DTYPES = (
 )
 
 
-def linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, residual: Tensor | None = None, batch_invariant: bool = False
+) -> Tensor:
     """x @ weight.T, plus the residual stream where one is given. Honours autocast.
 
     Args:
         x: (tokens, in_features) float32, bfloat16 or float16.
         weight: (out_features, in_features) in x.dtype (any dtype under autocast).
         residual: (tokens, out_features) or None; its dtype may differ from that of x.
+        batch_invariant: a row's bits depend on that row of x (and of residual) alone, on every
+            device: not on the other rows, their number, its place among them, or the threads.
+            That keeps the libraries' GEMMs out, which choose how to sum by the number of rows.
 
     Returns:
         (tokens, out_features) in residual.dtype if a residual is given, else in x.dtype (the
-        autocast dtype under autocast). Differentiable in all three. On a CPU a row's bits depend on
-        that row of x alone, not on the other rows or on the number of threads (but see
-        `PYTORCH_GEMM_DTYPES`), and where the CPU multiplies bfloat16 itself, denormal bfloat16
-        inputs and products count as zero.
+        autocast dtype under autocast). Differentiable in all three. With the compiled CPU kernel
+        it is batch-invariant in any case (but see `PYTORCH_GEMM_DTYPES`), and where the CPU
+        multiplies bfloat16 itself, denormal bfloat16 inputs and products count as zero.
 
     Raises:
         TypeError: a dtype that is not served, or x and weight of different dtypes.
@@ -58,21 +62,23 @@ def linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
                 f"linear: residual must have shape {(x.shape[0], weight.shape[0])} to match"
                 f" x {tuple(x.shape)} and weight {tuple(weight.shape)}, got {tuple(residual.shape)}"
             )
-    return unchecked_linear(x, weight, residual)
+    return unchecked_linear(x, weight, residual, batch_invariant)
 
 
-def unchecked_linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+def unchecked_linear(
+    x: Tensor, weight: Tensor, residual: Tensor | None = None, batch_invariant: bool = False
+) -> Tensor:
     """As `linear`, for tensors that the caller has checked (`unchecked.py`)."""
     if is_any_autocast_enabled():
         x, weight = _autocast(x, weight)
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (residual is not None and residual.requires_grad)
     ):
-        return _Linear.apply(x, weight, residual)
-    return product(x, weight, residual)
+        return _Linear.apply(x, weight, residual, batch_invariant)
+    return product(x, weight, residual, batch_invariant)
 
 
-def linear_swiglu(x: Tensor, weight: Tensor) -> Tensor:
+def linear_swiglu(x: Tensor, weight: Tensor, batch_invariant: bool = False) -> Tensor:
     """swiglu(x @ weight.T): the first half of the feed-forward block. Honours autocast.
 
     Without gradients the projection never reaches memory (on devices with a kernel for it); with
@@ -81,6 +87,7 @@ def linear_swiglu(x: Tensor, weight: Tensor) -> Tensor:
     Args:
         x: (tokens, in_features) float32, bfloat16 or float16.
         weight: (2 * width, in_features), the gate's rows first, in x.dtype.
+        batch_invariant: as `linear`.
 
     Returns:
         (tokens, width) in x.dtype. Differentiable in both.
@@ -95,17 +102,17 @@ def linear_swiglu(x: Tensor, weight: Tensor) -> Tensor:
             f"linear_swiglu: weight must have shape (2 * width, {x.shape[1]}),"
             f" got {tuple(weight.shape)}"
         )
-    return unchecked_linear_swiglu(x, weight)
+    return unchecked_linear_swiglu(x, weight, batch_invariant)
 
 
-def unchecked_linear_swiglu(x: Tensor, weight: Tensor) -> Tensor:
+def unchecked_linear_swiglu(x: Tensor, weight: Tensor, batch_invariant: bool = False) -> Tensor:
     """As `linear_swiglu`, for tensors that the caller has checked (`unchecked.py`)."""
     if is_any_autocast_enabled():
         x, weight = _autocast(x, weight)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return swiglu(_Linear.apply(x, weight, None))
-    if _served_by_pytorch(x):
-        return swiglu(product(x, weight, None))
+        return swiglu(_Linear.apply(x, weight, None, batch_invariant))
+    if _invariant_apart(x) if batch_invariant else _served_by_pytorch(x):
+        return swiglu(product(x, weight, None, batch_invariant))
     return ops.linear_swiglu(x, weight)
 
 
@@ -120,10 +127,20 @@ def _served_by_pytorch(x: Tensor) -> bool:
     return x.dtype in PYTORCH_GEMM_DTYPES and x.is_cpu
 
 
-def product(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+def _invariant_apart(x: Tensor) -> bool:
+    """Whether batch invariance takes an op of its own: the compiled CPU kernel has it as it is."""
+    return not (x.is_cpu and CPU_KERNEL)
+
+
+def product(
+    x: Tensor, weight: Tensor, residual: Tensor | None = None, batch_invariant: bool = False
+) -> Tensor:
     """`linear` without its checks and without gradients. On the CPU a transposed operand is read as
     it lies: product(dy, weight.t()) is dy @ weight, product(dy.t(), x.t()) is dy.T @ x."""
-    if _served_by_pytorch(x) or x.dtype == torch.float64:  # which references of other ops take
+    if batch_invariant and _invariant_apart(x):
+        return ops.batch_invariant_linear(x, weight, residual)
+    # float64 is what references of other ops take.
+    if x.dtype == torch.float64 or (_served_by_pytorch(x) and not batch_invariant):
         return reference(x, weight, residual)
     return ops.linear(x, weight, residual)
 
@@ -141,10 +158,10 @@ def _check(op: str, x: Tensor, weight: Tensor) -> None:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, residual):
+    def forward(ctx, x, weight, residual, batch_invariant):
         ctx.save_for_backward(x, weight)
         ctx.residual_dtype = None if residual is None else residual.dtype
-        return product(x, weight, residual)
+        return product(x, weight, residual, batch_invariant)
 
     @staticmethod
     @once_differentiable
@@ -154,7 +171,7 @@ class _Linear(torch.autograd.Function):
         dy = dy.to(x.dtype)
         dx = product(dy, weight.t()) if ctx.needs_input_grad[0] else None
         dweight = _dweight(dy, x) if ctx.needs_input_grad[1] else None
-        return dx, dweight, dresidual
+        return dx, dweight, dresidual, None
 
 
 def _dweight(dy: Tensor, x: Tensor) -> Tensor:
@@ -171,9 +188,34 @@ def reference(x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
     return (at_least_float32(residual) + F.linear(x, weight)).to(residual.dtype)
 
 
+def reference_batch_invariant(x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
+    """One row at a time, whatever their number. What a residual adds is elementwise."""
+    rows = [F.linear(row, weight) for row in x.split(1)]
+    y = torch.cat(rows) if rows else x.new_empty(0, weight.shape[0])
+    if residual is None:
+        return y
+    return (at_least_float32(residual) + y).to(residual.dtype)
+
+
+def _fake_batch_invariant(x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
+    dtype = x.dtype if residual is None else residual.dtype
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
+
+
 def reference_swiglu(x: Tensor, weight: Tensor) -> Tensor:
     return swiglu_reference(F.linear(x, weight))
 
 
 define("linear(Tensor x, Tensor weight, Tensor? residual) -> Tensor", reference)
 define("linear_swiglu(Tensor x, Tensor weight) -> Tensor", reference_swiglu)
+define(
+    "batch_invariant_linear(Tensor x, Tensor weight, Tensor? residual) -> Tensor",
+    reference_batch_invariant,
+    _fake_batch_invariant,
+)
+CPU_KERNEL = has_kernel("linear", "CPU")
+if CPU_KERNEL:
+
+    @impl("batch_invariant_linear", "CPU")
+    def _batch_invariant_linear(x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
+        return ops.linear(x, weight, residual)

@@ -10,11 +10,13 @@ from .linear import unchecked_linear as linear
 from .linear import unchecked_linear_swiglu as linear_swiglu
 from .rms_norm import unchecked_rms_norm as rms_norm
 from .rotary import unchecked_apply_rotary_qkv_ as apply_rotary_qkv_
+from .rotary_attention import unchecked_rotary_attention_ as rotary_attention_
 
 __all__ = [
     "apply_rotary_qkv_",
     "linear",
     "linear_swiglu",
     "rms_norm",
+    "rotary_attention_",
     "varlen_attention_qkv",
 ]

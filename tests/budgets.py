@@ -35,10 +35,12 @@ DIM, VOCAB, HEADS, HEAD_DIM, WIDTH = 768, 30522, 12, 64, 2048
 def launches() -> Iterator[tuple[str, str, Callable[[], object]]]:
     """(op, variant, launch) for every kernel and the dtypes that inference and training use."""
     half, full = torch.bfloat16, torch.float32
-    rms_norm, swiglu, rotary, pooling, cross_entropy = (
+    rms_norm, swiglu, rotary, pooling, cross_entropy, batch_invariant_linear = (
         import_module(f"neobert_kernels.triton.{op}")
-        for op in ("rms_norm", "swiglu", "rotary", "pooling", "cross_entropy")
-    )
+        for op in (
+            "rms_norm", "swiglu", "rotary", "pooling", "cross_entropy", "batch_invariant_linear",
+        )
+    )  # fmt: skip
     yield from attention_launches()
     positions = labels = torch.zeros(4, dtype=torch.int64)
     cos = sin = torch.zeros(8, HEAD_DIM // 2)
@@ -58,6 +60,14 @@ def launches() -> Iterator[tuple[str, str, Callable[[], object]]]:
         gate_up, qkv = x.new_zeros(4, 2 * WIDTH), x.new_zeros(4, HEADS, 3, HEAD_DIM)
         yield "rms_norm", name, lambda x=x: rms_norm.rms_norm(x, weight, 1e-5)
         yield "rms_norm", name, lambda x=x: rms_norm.rms_norm_bwd(x, None, x, weight, rstd)
+        for stream in (None, x):
+            yield (
+                "batch_invariant_linear",
+                name,
+                lambda x=x, s=stream: batch_invariant_linear.batch_invariant_linear(
+                    x, x.new_zeros(DIM, DIM), s
+                ),
+            )
         yield "swiglu", name, lambda g=gate_up: swiglu.swiglu(g)
         yield "swiglu", name, lambda g=gate_up: swiglu.swiglu_bwd(g[:, :WIDTH], g)
         for inverse in (False, True):

@@ -44,6 +44,7 @@ def samples(dtype):
         "pool_bwd": (torch.randn(3, DIM), cu_seqlens, TOKENS, False, dtype),
         "linear": (x, vocabulary, None),
         "linear_swiglu": (x, vocabulary),
+        "batch_invariant_linear": (x, vocabulary, torch.randn(TOKENS, 30)),
         "varlen_attention": (q, k, v, cu_seqlens, 7, 0.25),
         "varlen_attention_bwd": (out.clone(), q, k, v, out, lse, cu_seqlens, 7, 0.25),
         "linear_cross_entropy": (x, vocabulary, bias, some, -100),
@@ -98,6 +99,8 @@ def step(x, residual, weight, vocabulary, cos, sin, positions, cu_seqlens, label
     qkv = nk.linear(y, vocabulary[: 3 * DIM]).view(-1, 1, 3, DIM)
     qkv = nk.apply_rotary_qkv_(qkv, cos, sin, positions)
     attended = nk.varlen_attention_qkv(qkv, cu_seqlens, 64)
+    qkv = nk.linear(attended.flatten(1), vocabulary[: 3 * DIM])
+    attended = nk.rotary_attention_(qkv, 1, cos, sin, positions, cu_seqlens, 64)
     turned = nk.apply_rotary(attended, cos, sin, positions).flatten(1)
     hidden = nk.rms_norm(total + turned, weight)
     gated = nk.swiglu(nk.linear(hidden, vocabulary[: 2 * DIM]))

@@ -55,6 +55,13 @@ def test_schedules_without_warmup_or_decay():
     assert learning_rate(7, 10, 1.0, 10, 0.5, 0.1) == 0.8
 
 
+def test_a_linear_decay():
+    rates = [learning_rate(step, 100, 1.0, 6, 0.9, 0.1, linear=True) for step in range(100)]
+    assert rates[:6] == pytest.approx([(step + 1) / 6 for step in range(6)])
+    assert rates[6:90] == pytest.approx([1 - 0.9 * (step - 6) / 84 for step in range(6, 90)])
+    assert rates[90:] == pytest.approx([0.1] * 10)
+
+
 def test_weight_decay_spares_gains_and_biases():
     model = NeoBERTLMHead(
         NeoBERTConfig(vocab_size=50, hidden_size=64, num_hidden_layers=2, num_attention_heads=1)

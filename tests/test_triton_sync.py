@@ -29,6 +29,7 @@ from neobert_kernels.triton import (
     _device,
     attention,
     attention_bwd,
+    batch_invariant_linear,
     cross_entropy,
     pooling,
     rms_norm,
@@ -48,6 +49,7 @@ LAUNCHERS = {
         (pooling, ("pool", "pool_bwd")),
         (attention, ("varlen_attention",)),
         (attention_bwd, ("varlen_attention_bwd",)),
+        (batch_invariant_linear, ("batch_invariant_linear",)),
         (cross_entropy, ("linear_cross_entropy", "linear_cross_entropy_grads")),
     )
     for name in names
@@ -124,6 +126,8 @@ def run_ops():
     backward(neobert_kernels.rms_norm(x, weight))
     backward(*neobert_kernels.add_rms_norm(x, stream, weight))
     backward(neobert_kernels.swiglu(empty(tokens, 4096, grad=True)))
+    with torch.no_grad():
+        neobert_kernels.linear(x, empty(dim, dim), stream, batch_invariant=True)
     table = [empty(64, 32, dtype=torch.float32)] * 2
     positions = empty(tokens, dtype=torch.int64)
     backward(neobert_kernels.apply_rotary(empty(tokens, 12, 64, grad=True), *table, positions))

@@ -4,4 +4,13 @@ Each file holds a small table of tiles per architecture; nothing is tuned at imp
 call. `python -m neobert_kernels tune` measures other tiles on the GPU at hand.
 """
 
-from . import attention, attention_bwd, cross_entropy, pooling, rms_norm, rotary, swiglu  # noqa: F401
+from . import (  # noqa: F401
+    attention,
+    attention_bwd,
+    batch_invariant_linear,
+    cross_entropy,
+    pooling,
+    rms_norm,
+    rotary,
+    swiglu,
+)
