@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:
 	@echo "make setup   virtual environment in .venv, kernels built, package installed (editable)"
-	@echo "make demo    embed real text with a full-size NeoBERT and compare with plain PyTorch"
+	@echo "make demo    a full-size NeoBERT beside plain PyTorch; a small one, trained to search: 5 minutes"
 	@echo "make test    all tests"
 	@echo "make bench   all benchmarks, into benchmarks/results/"
 	@echo "make table   the throughput table alone, in ten minutes, and the README's figures from it"

@@ -24,11 +24,11 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from neobert.checkpoint import write_random_checkpoint
-from neobert.demo import train_tokenizer
 from neobert.docstrings import standard_library_docstrings
 from neobert.encode import Encoder
 from neobert.packing import pack
 from neobert.plain import PlainNeoBERT
+from neobert.wordpiece import train_tokenizer
 
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 # Of the calls of one test, all methods together.

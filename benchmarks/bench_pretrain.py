@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from neobert.checkpoint import write_random_checkpoint
 from neobert.config import NeoBERTConfig
 from neobert.data import MaskedBatch, masked
-from neobert.demo import train_tokenizer
 from neobert.docstrings import standard_library_docstrings
 from neobert.masking import IGNORE_INDEX, Masking
 from neobert.model import NeoBERTLMHead
@@ -28,6 +27,7 @@ from neobert.optim import adamw
 from neobert.plain import PlainNeoBERT, rotate_adjacent_pairs
 from neobert.readers import Cut, tokenized
 from neobert.text import TextTokenizer
+from neobert.wordpiece import train_tokenizer
 
 LAYERS, SEQUENCES, ROUNDS = 4, 32, 5
 

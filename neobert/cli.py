@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import os
 import platform
-import signal
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Annotated, BinaryIO
+from typing import Annotated
 
-import numpy as np
 import torch
 import typer
 from transformers.utils.logging import disable_progress_bar
 
-from neobert import cli_eval, cli_train
+from neobert import cli_eval, cli_search, cli_train
 from neobert.encode import Encoder, TruncationWarning
+from neobert.files import NpyWriter, count_lines, read_texts
 from neobert.memory import keep_freed_memory
+from neobert.signals import Stopped, stopped_by_signals
 from neobert_kernels import __main__ as kernels
 from neobert_kernels import _compiled
 
@@ -37,6 +33,8 @@ app = typer.Typer(
 app.command()(cli_train.pretrain)
 app.command()(cli_train.contrastive)
 app.command()(cli_train.prepare)
+app.command()(cli_search.index)
+app.command()(cli_search.search)
 app.add_typer(cli_eval.app, name="eval")
 
 
@@ -49,135 +47,6 @@ class Dtype(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
-
-
-class InputError(ValueError):
-    """A line of the input that cannot be read; the message names it."""
-
-
-class NpyWriter:
-    """Writes rows to a .npy file that appears, whole, when the `with` block ends without an error.
-
-    Until then the rows are in a hidden file in the same folder, which an error removes. The file
-    at `path`, if there is one, is untouched until it is replaced.
-    """
-
-    HEADER_SIZE = 128  # bytes: any (rows, dim) fits, so the number of rows can be filled in last
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-        self.rows = 0
-        self.dim: int | None = None
-
-    def __enter__(self) -> NpyWriter:
-        self.file = open(self.unfinished, "xb")
-        self.file.write(bytes(self.HEADER_SIZE))
-        return self
-
-    def write(self, rows: np.ndarray) -> None:
-        """Append (n, dim) float32 rows."""
-        if rows.dtype != np.float32 or rows.ndim != 2 or self.dim not in (None, rows.shape[1]):
-            raise ValueError(f"rows must be (n, {self.dim}) float32, got {rows.shape} {rows.dtype}")
-        self.dim = rows.shape[1]
-        self.file.write(np.ascontiguousarray(rows, "<f4").data)
-        self.rows += len(rows)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        try:
-            if error is None:
-                self.file.seek(0)
-                header = {
-                    "descr": "<f4",
-                    "fortran_order": False,
-                    "shape": (self.rows, self.dim or 0),
-                }
-                np.lib.format.write_array_header_1_0(self.file, header)
-                assert self.file.tell() == self.HEADER_SIZE
-                self.file.flush()
-                os.fsync(self.file.fileno())
-                self.file.close()
-                os.replace(self.unfinished, self.path)
-        finally:
-            self.file.close()
-            self.unfinished.unlink(missing_ok=True)
-
-
-def read_texts(lines: BinaryIO, name: str, field: str | None) -> Iterator[str]:
-    """One text per line, or with `field` that field of one JSON object per line.
-
-    Every line is one text, an empty line the empty text, so that row i is line i + 1. Lines end
-    with \\n or \\r\\n and are UTF-8. Raises InputError naming the file and the line.
-    """
-    for number, line in enumerate(lines, 1):
-        where = f"{name}, line {number}"
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{where}: not UTF-8 ({error})") from error
-        text = text.removesuffix("\n").removesuffix("\r")
-        yield text if field is None else _json_field(text, field, where)
-
-
-def _json_field(line: str, field: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error}): {line!r:.80}") from error
-    if not isinstance(record, dict):
-        raise InputError(f"{where}: not a JSON object: {line!r:.80}")
-    if field not in record:
-        raise InputError(f"{where}: no field {field!r}; it has {', '.join(map(repr, record))}")
-    text = record[field]
-    if not isinstance(text, str):
-        raise InputError(f"{where}: field {field!r} is not a string: {text!r:.80}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(f"{where}: field {field!r} is not valid Unicode ({error})") from error
-    return text
-
-
-def count_lines(path: Path) -> int:
-    """Lines of a file, the last one with or without its end."""
-    lines, last = 0, b"\n"
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            lines += block.count(b"\n")
-            last = block[-1:]
-    return lines + (last != b"\n")
-
-
-class Stopped(KeyboardInterrupt):
-    """SIGINT, SIGTERM or SIGHUP, as an exception: what is unfinished is removed on the way out."""
-
-    def __init__(self, signum: int):
-        super().__init__(signal.Signals(signum).name)
-        self.exit_code = 128 + signum
-
-
-@contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    signals = [
-        getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in dir(signal)
-    ]
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        for each in signals:  # a second Ctrl-C must not interrupt the cleaning up
-            signal.signal(each, signal.SIG_IGN)
-        raise Stopped(signum)
-
-    before = {each: signal.signal(each, stop) for each in signals}
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
 
 @app.command()
@@ -243,7 +112,7 @@ def encode(
     warnings.simplefilter("ignore", TruncationWarning)  # said at the end
     disable_progress_bar()  # transformers', for loading the weights
     try:
-        with _stopped_by_signals():
+        with stopped_by_signals():
             source = sys.stdin.buffer if input == "-" else open(input, "rb")
             with source, NpyWriter(output) as writer:
                 texts = read_texts(source, "stdin" if input == "-" else input, field)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -197,3 +198,141 @@ def glue(
     typer.echo(table(settings.model, result), nl=False)
     if result.signum:
         raise typer.Exit(128 + result.signum)
+
+
+@app.command()
+def perplexity(
+    model: Annotated[
+        str, typer.Option(help="Checkpoint directory or hub repository, with its masked-LM head.")
+    ],
+    data: Annotated[
+        str,
+        typer.Option(help="A file or pattern (.txt, .jsonl, .parquet), hub data set, docstrings."),
+    ],
+    output: Annotated[
+        Path, typer.Option(dir_okay=False, help="JSONL, a line for each document; is gone on with.")
+    ],
+    field: Annotated[str, typer.Option(help="The column that holds the text.")] = "text",
+    split: Annotated[str, typer.Option(help="Of a hub data set.")] = "train",
+    subset: Annotated[str | None, typer.Option(help="Of a hub data set.")] = None,
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="Do not download the data set first.")
+    ] = False,
+    documents: Annotated[
+        int | None, typer.Option(min=1, help="Take the first so many.", show_default="all")
+    ] = None,
+    min_tokens: Annotated[
+        int | None,
+        typer.Option(help="Pass over shorter documents.", show_default="one below 2 is an error"),
+    ] = None,
+    positions: Annotated[
+        int | None,
+        typer.Option(
+            help="Mask so many tokens of each document, drawn at random.", show_default="all"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Most tokens of a document; the rest is cut off. May be beyond the model's.",
+            show_default="the model's, times --yarn",
+        ),
+    ] = None,
+    yarn: Annotated[
+        float | None, typer.Option(help="Stretch the model's length by this factor, with YaRN.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Draw perplexity against length: a .png.")
+    ] = None,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(help="Draw the results in this file too. May be repeated.", exists=True),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(help="Most tokens computed at once. [default: 4096 on a CPU, 32768 on a GPU]"),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of the weights.", show_default="float32 on a CPU, bfloat16 on a GPU"),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda.", show_default="the GPU if there is one")
+    ] = None,
+    progress: Annotated[
+        bool | None, typer.Option(help="Progress bar.", show_default="on a terminal")
+    ] = None,
+) -> None:
+    """Pseudo-perplexity of each document: every token masked once, alone (paper, §5.3, App. E).
+
+    Costs a forward pass for each token: --positions 100 estimates it, with a standard error. A
+    finished document's line is never lost; the same command goes on after an interruption.
+    """
+    try:
+        from tqdm.auto import tqdm
+        from transformers.utils.logging import disable_progress_bar
+
+        from neobert.corpus import Source, open_texts, text_batches
+        from neobert.perplexity import (
+            Scorer,
+            mean_perplexity,
+            plot_by_length,
+            read_scores,
+            resume,
+            score_line,
+        )
+        from neobert.signals import Stopped, stopped_by_signals
+    except ImportError as error:
+        raise need_extra(error) from error
+    disable_progress_bar()  # transformers', for loading the weights
+    scores = []
+    try:
+        texts = open_texts(Source(data, field, streaming=streaming, split=split, subset=subset))
+        rows = (text for batch, _ in text_batches(texts, field) for text in batch)
+        scorer = Scorer.from_pretrained(model, device, dtype, max_length, max_tokens, yarn)
+        chosen, passed_over = scorer.documents(
+            islice(rows, documents), data, positions, seed, min_tokens
+        )
+        if not chosen:
+            raise ValueError(f"{data} has no document of at least {min_tokens or 2} tokens")
+        settings = {
+            "model": model, "data": data, "field": field, "split": split, "subset": subset,
+            "positions": positions, "seed": seed, "min_tokens": min_tokens,
+            "max_length": scorer.max_length, "yarn": yarn,
+            "dtype": str(scorer.model.dtype).removeprefix("torch."),
+            "documents": len(chosen), "tokens": sum(len(each.ids) for each in chosen),
+        }  # fmt: skip
+        scores = resume(output, settings)
+        todo = chosen[len(scores) :]
+        work = sum(len(each.ids) * len(each.places) for each in todo)
+        hidden = None if progress is None else not progress
+        with (
+            stopped_by_signals(),
+            open(output, "a") as lines,
+            tqdm(total=work, desc="perplexity", unit="tok", unit_scale=True, disable=hidden) as bar,
+        ):
+            for score in scorer(todo, bar.update):
+                scores.append(score)
+                lines.write(score_line(score))
+                lines.flush()
+                bar.set_postfix_str(f"document {score.document}: {score.perplexity:.4g}")
+        if plot:
+            others = {path.stem: read_scores(path) for path in beside or []}
+            plot_by_length({output.stem: scores, **others}, plot)
+    except Stopped as stopped:
+        typer.echo(f"{stopped}: stopped, {len(scores)} documents are in {output}", err=True)
+        raise typer.Exit(stopped.exit_code) from None
+    except (ValueError, OSError) as error:
+        raise fail(error) from error
+    masked = sum(score.masked for score in scores)
+    typer.echo(
+        f"{len(scores):,} documents, {masked:,} tokens masked: pseudo-perplexity "
+        f"{mean_perplexity(scores):.4f} over all of them; written to {output}"
+    )
+    for count, what in (
+        (passed_over, f"shorter than {min_tokens} tokens and passed over"),
+        (sum(score.truncated for score in scores), f"cut off at {scorer.max_length} tokens"),
+    ):
+        if count:
+            typer.echo(f"{count:,} documents were {what}", err=True)

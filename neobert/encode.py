@@ -165,22 +165,8 @@ class Encoder:
         max_length, cuda_graphs, batch_invariant, fused_epilogues: see `Encoder`.
         hub_options: passed on to transformers (revision, token, cache_dir, local_files_only, …).
         """
-        if not Path(path_or_hub_id).is_dir() and not HUB_ID.fullmatch(str(path_or_hub_id)):
-            raise ValueError(
-                f"{str(path_or_hub_id)!r} is neither a directory nor a hub repository (owner/name)"
-            )
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if str(device).split(":")[0] not in MAX_TOKENS:
-            raise ValueError(f"device must be one of {', '.join(MAX_TOKENS)}, got {device}")
-        device = torch.device(device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device is {device}, but torch {torch.__version__} finds no GPU")
-        if dtype is None:
-            dtype = "bfloat16" if device.type == "cuda" else "float32"
-        if isinstance(dtype, str):
-            if dtype not in DTYPES:
-                raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-            dtype = DTYPES[dtype]
+        check_model_name(path_or_hub_id)
+        device, dtype = device_and_dtype(device, dtype)
         tokenizer = AutoTokenizer.from_pretrained(path_or_hub_id, **hub_options)
         model = NeoBERT.from_pretrained(path_or_hub_id, dtype=dtype, **hub_options)
         return cls(
@@ -406,6 +392,36 @@ class Encoder:
                 f"(the model's), got {max_length}"
             )
         return max_length
+
+
+def check_model_name(path_or_hub_id: str | Path) -> None:
+    """Raises ValueError for what cannot be a checkpoint: transformers would ask the hub for it."""
+    if not Path(path_or_hub_id).is_dir() and not HUB_ID.fullmatch(str(path_or_hub_id)):
+        raise ValueError(
+            f"{str(path_or_hub_id)!r} is neither a directory nor a hub repository (owner/name)"
+        )
+
+
+def device_and_dtype(
+    device: torch.device | str | None, dtype: torch.dtype | str | None
+) -> tuple[torch.device, torch.dtype]:
+    """What is asked for; by default the GPU in bfloat16 if there is one, the CPU in float32.
+
+    Raises ValueError for a device that is not here and for a dtype that is not served.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if str(device).split(":")[0] not in MAX_TOKENS:
+        raise ValueError(f"device must be one of {', '.join(MAX_TOKENS)}, got {device}")
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device}, but torch {torch.__version__} finds no GPU")
+    if dtype is None:
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        dtype = DTYPES[dtype]
+    return device, dtype
 
 
 def _iterable(texts: Iterable[str]) -> Iterable[str]:

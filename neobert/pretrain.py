@@ -26,7 +26,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from neobert.corpus import open_texts, text_batches
 from neobert.data import Corpus, MaskedBatch, TrainingStream
-from neobert.demo import train_tokenizer
 from neobert.engine import CONFIG, NonFiniteLossError, prepare, start_accelerator, whole
 from neobert.hub import HubPush
 from neobert.masking import IGNORE_INDEX, Masking
@@ -54,6 +53,7 @@ from neobert.saving import (
 from neobert.settings import check_same_run, save_config
 from neobert.shards import TokenShards, is_prepared
 from neobert.signals import stop_signals
+from neobert.wordpiece import train_tokenizer
 
 TOKENIZER = "tokenizer"
 TOKENIZER_TEXTS = 200_000  # that a tokenizer is trained on

@@ -6,6 +6,7 @@ import numpy as np
 
 # What the numbers are for: the first part of a key, so that no two purposes share any.
 ORDER, HELD_OUT, MIXTURE, BINS, MASKS, PAIR_SOURCES, PAIR_ORDER, PAIR_TEXTS = range(8)
+POSITIONS = 8
 
 
 def random_generator(seed: int, *key: int) -> np.random.Generator:

@@ -17,8 +17,9 @@ import torch
 
 from neobert.checkpoint import write_random_checkpoint
 from neobert.config import NeoBERTConfig
-from neobert.demo import standard_library_docstrings, train_tokenizer
+from neobert.docstrings import standard_library_docstrings
 from neobert.encode import Encoder
+from neobert.wordpiece import train_tokenizer
 
 MAX_LENGTH = 160
 

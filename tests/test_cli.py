@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from neobert.cli import InputError, NpyWriter, app, count_lines, read_texts
+from neobert.cli import app
 from neobert.encode import Encoder
+from neobert.files import InputError, NpyWriter, count_lines, read_texts
 from tests.tiny import HIDDEN_SIZE, MAX_LENGTH, write_tiny_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")

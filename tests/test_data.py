@@ -12,12 +12,12 @@ from datasets import Dataset
 
 from neobert.corpus import Source, open_texts, text_batches
 from neobert.data import Corpus, TrainingStream
-from neobert.demo import train_tokenizer
 from neobert.docstrings import docstrings
 from neobert.masking import IGNORE_INDEX, Masking
 from neobert.randomness import Permutation, random_generator
 from neobert.readers import Cut
 from neobert.shards import prepare
+from neobert.wordpiece import train_tokenizer
 
 LANES = 4
 

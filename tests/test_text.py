@@ -10,9 +10,9 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from neobert import text as text_module
-from neobert.demo import train_tokenizer
 from neobert.docstrings import docstrings
 from neobert.text import TextTokenizer
+from neobert.wordpiece import train_tokenizer
 
 # What could make a piece's ids differ from the whole's, or make many characters few tokens.
 FRAGMENTS = [

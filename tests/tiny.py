@@ -5,8 +5,8 @@ from pathlib import Path
 import neobert
 from neobert.checkpoint import write_random_checkpoint
 from neobert.config import NeoBERTConfig
-from neobert.demo import train_tokenizer
 from neobert.docstrings import docstrings
+from neobert.wordpiece import train_tokenizer
 
 MAX_LENGTH = 96
 HIDDEN_SIZE = 128

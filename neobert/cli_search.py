@@ -1,0 +1,176 @@
+"""The search commands: `neobert index` and `neobert search`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+if TYPE_CHECKING:
+    from neobert.encode import Pooling
+    from neobert.search import Hit
+
+
+def _fail(error: Exception) -> typer.Exit:
+    typer.echo(f"Error: {error}", err=True)
+    return typer.Exit(1)
+
+
+def index(
+    model: Annotated[
+        str, typer.Option(help="Checkpoint directory or hub repository; one trained for search.")
+    ],
+    input: Annotated[
+        str, typer.Option(help="File with one text per line, or JSONL with --field; - is stdin.")
+    ],
+    output: Annotated[
+        Path, typer.Option(file_okay=False, help="The index's folder; one there is replaced.")
+    ],
+    field: Annotated[
+        str | None, typer.Option(help="Read JSONL: the field of each object that holds the text.")
+    ] = None,
+    pooling: Annotated[
+        str | None, typer.Option(help="mean or cls.", show_default="the model's")
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="Put before every text.", show_default="the model's for documents"),
+    ] = None,
+    query_prompt: Annotated[
+        str | None,
+        typer.Option(help="Put before every query.", show_default="the model's for queries"),
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Most tokens of a text; the rest is not read.", show_default="the model's"
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda.", show_default="the GPU if there is one")
+    ] = None,
+    progress: Annotated[
+        bool | None, typer.Option(help="Progress bar.", show_default="on a terminal")
+    ] = None,
+) -> None:
+    """Embed texts into a folder that `neobert search` looks through.
+
+    Blank texts are passed over and counted. Other fields of a JSONL record are kept, and shown.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    from neobert.encode import Encoder, TruncationWarning, check_model_name
+    from neobert.files import count_lines, read_records
+    from neobert.search import IndexSettings, build_index
+    from neobert.sentence_folder import read_sentence_folder
+    from neobert.signals import Stopped, stopped_by_signals
+
+    if pooling not in (None, "mean", "cls"):
+        raise _fail(ValueError(f"pooling must be mean or cls, got {pooling!r}"))
+    disable_progress_bar()  # transformers', for loading the weights
+    warnings.simplefilter("ignore", TruncationWarning)  # said at the end
+    try:
+        with (
+            stopped_by_signals(),
+            sys.stdin.buffer if input == "-" else open(input, "rb") as source,
+        ):
+            records = read_records(source, "stdin" if input == "-" else input, field)
+            total = None if input == "-" else count_lines(Path(input))
+            check_model_name(model)
+            folder = read_sentence_folder(model)
+            settings = IndexSettings(
+                # Absolute: the index may be searched from another directory.
+                model=str(Path(model).resolve()) if Path(model).is_dir() else model,
+                field=field or "text",
+                pooling=cast("Pooling", pooling or folder.pooling),
+                prompt=folder.prompts.get("document", "") if prompt is None else prompt,
+                query_prompt=(
+                    folder.prompts.get("query", "") if query_prompt is None else query_prompt
+                ),
+                max_length=max_length or folder.max_length,
+            )
+            encoder = Encoder.from_pretrained(model, device, max_length=settings.max_length)
+            count, blank = build_index(output, records, encoder, settings, progress, total)
+    except Stopped as stopped:
+        typer.echo(f"{stopped}: stopped, {output} is no index", err=True)
+        raise typer.Exit(stopped.exit_code) from None
+    except (ValueError, OSError) as error:
+        raise _fail(error) from error
+    typer.echo(f"{output}: {count:,} texts" + (f", {blank:,} blank ones passed over" * (blank > 0)))
+    if encoder.stats.truncated:
+        typer.echo(
+            f"{encoder.stats.truncated:,} texts were longer than {encoder.max_length} tokens and "
+            "were truncated",
+            err=True,
+        )
+
+
+def search(
+    query: Annotated[
+        str | None,
+        typer.Argument(
+            help="What to look for; without it, a query a line is read.", show_default=False
+        ),
+    ] = None,
+    index: Annotated[
+        Path, typer.Option(file_okay=False, help="A folder written by `neobert index`.")
+    ] = ...,  # type: ignore[assignment]
+    k: Annotated[int, typer.Option("-k", min=1, help="How many texts to show.")] = 10,
+    model: Annotated[
+        str | None, typer.Option(help="Where the index's model is now, if it has moved.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="A JSON object a line, with the whole records.")
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda.", show_default="the GPU if there is one")
+    ] = None,
+) -> None:
+    """Find the texts of an index that are nearest in meaning to a query."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from neobert.search import Index
+
+    disable_progress_bar()  # transformers', for loading the weights
+    try:
+        if query is not None and not query.strip():
+            raise ValueError("the query is empty")
+        loaded = Index.load(index, model, device)
+    except (ValueError, OSError) as error:
+        raise _fail(error) from error
+    for asked in _queries() if query is None else [query]:
+        (hits,) = loaded.search([asked], k)
+        for rank, hit in enumerate(hits, 1):
+            if as_json:
+                found = {"query": asked, "rank": rank, "score": round(hit.score, 6)}
+                typer.echo(json.dumps(found | hit.record, ensure_ascii=False))
+            else:
+                typer.echo(_line(rank, hit, loaded.settings.field))
+
+
+def _queries() -> Iterator[str]:
+    """Lines from standard input, with a prompt on a terminal; blank ones are passed over."""
+    asking = sys.stdin.isatty()
+    while True:
+        if asking:
+            typer.echo("\nsearch> ", nl=False)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _line(rank: int, hit: Hit, field: str) -> str:
+    """A record on one line of the terminal: score, other fields, the beginning of its text."""
+    others = [str(value) for name, value in hit.record.items() if name != field]
+    text = " ".join([*others, "|", hit.record[field]] if others else [hit.record[field]])
+    line = f"{rank:>3}  {hit.score:.3f}  {' '.join(text.split())}"
+    width = shutil.get_terminal_size().columns
+    return line if len(line) <= width else f"{line[: width - 1]}…"

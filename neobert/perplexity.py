@@ -1,0 +1,368 @@
+"""Pseudo-perplexity: how well a masked-language model predicts each token of a text from the rest.
+
+    P = exp(mean of l_i),  l_i = -log p(token i | all other tokens)      (paper, §5.3 and App. E)
+
+Each token of the text is masked once, alone, in a copy of its own; [CLS] and [SEP] are in every
+copy and never masked. So a text of n tokens is n sequences, and what they cost grows with n². They
+are live tokens all: copies of one document and of the next are packed end to end into batches of a
+token budget, and logits are made of the masked rows alone, one per sequence.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from neobert.config import NeoBERTConfig
+from neobert.encode import MAX_TOKENS, check_model_name, device_and_dtype
+from neobert.model import NeoBERTLMHead
+from neobert.packing import PackedBatch, pack
+from neobert.randomness import POSITIONS, random_generator
+from neobert.text import TextTokenizer
+
+# In a batch: 512 rows of 30,522 float32 logits are 62 MB. Only texts of a few tokens have so many.
+MOST_COPIES = 512
+
+
+@dataclass(frozen=True)
+class Document:
+    """A tokenized text.
+
+    number: its place in its source, from 1.
+    ids: (tokens,) int64, special tokens included.
+    places: (masked,) int64, the places in `ids` that are masked, ascending; `maskable` could be.
+    truncated: whether the text was longer.
+    """
+
+    number: int
+    ids: np.ndarray
+    places: np.ndarray
+    maskable: int
+    truncated: bool = False
+
+
+@dataclass(frozen=True)
+class Score:
+    """The pseudo-perplexity of one document.
+
+    document: its number. tokens: its length, special tokens included. truncated: see `Document`.
+    masked: how many tokens were masked, of `maskable`.
+    loss: mean cross entropy of the masked tokens, nats.
+    loss_standard_error: of `loss` as an estimate of the mean over all maskable tokens; 0 if all
+        were masked.
+    perplexity: exp(loss); perplexity_standard_error: perplexity * loss_standard_error, its first
+        order (the delta method). To second order a sampled perplexity is also too large, on
+        average by half the relative error squared.
+    """
+
+    document: int
+    tokens: int
+    masked: int
+    maskable: int
+    loss: float
+    loss_standard_error: float
+    perplexity: float
+    perplexity_standard_error: float
+    truncated: bool
+
+    @classmethod
+    def of(cls, document: Document, losses: np.ndarray) -> Score:
+        """losses: (masked,) nats of a simple random sample without replacement, or of all."""
+        losses = losses.astype(np.float64)
+        masked, maskable = len(losses), document.maskable
+        error = 0.0
+        if masked < maskable:
+            error = math.sqrt(losses.var(ddof=1) / masked * (1 - masked / maskable))
+        loss = float(losses.mean())
+        perplexity = math.exp(loss)
+        return cls(
+            document.number, len(document.ids), masked, maskable, loss, error, perplexity,
+            perplexity * error, document.truncated,
+        )  # fmt: skip
+
+
+class Scorer:
+    """Pseudo-perplexities of texts under a model.
+
+    model: on its device, in its dtype; it is put in eval mode.
+    tokenizer: its fast tokenizer, with a [MASK].
+    max_length: the most tokens of a text, special tokens included; what is beyond is cut off. By
+        default the model's.
+    max_tokens: the most tokens computed at once; a longer text's copies are computed one by one.
+    """
+
+    def __init__(
+        self,
+        model: NeoBERTLMHead,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None = None,
+        max_tokens: int | None = None,
+    ):
+        if tokenizer.mask_token_id is None:
+            raise ValueError(f"the tokenizer has no [MASK]: {tokenizer.special_tokens_map}")
+        self.model = model.eval()
+        self.mask_id: int = tokenizer.mask_token_id
+        self.tokenize = TextTokenizer(tokenizer)
+        if self.tokenize.vocab_size > model.config.vocab_size:
+            raise ValueError(
+                f"tokenizer has {self.tokenize.vocab_size} ids, but the model has embeddings for "
+                f"{model.config.vocab_size}"
+            )
+        self.max_length = model.config.max_length if max_length is None else max_length
+        least = self.tokenize.num_special + 2
+        if not least <= self.max_length <= model.config.max_length:
+            raise ValueError(
+                f"max_length must be between {least} (the special tokens and two more) and "
+                f"{model.config.max_length} (the model's), got {self.max_length}"
+            )
+        self.max_tokens = MAX_TOKENS[model.device.type] if max_tokens is None else max_tokens
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        max_length: int | None = None,
+        max_tokens: int | None = None,
+        yarn: float | None = None,
+    ) -> Scorer:
+        """Load a checkpoint with a masked-LM head.
+
+        device, dtype: as for `Encoder.from_pretrained`.
+        max_length: may be beyond the model's (Figures 2 and 6): the rotary angles go on.
+        yarn: the factor by which YaRN (Peng et al. 2023) stretches the model's length; with it,
+            max_length is by default so many times the model's.
+        """
+        check_model_name(path_or_hub_id)
+        device, dtype = device_and_dtype(device, dtype)
+        config = NeoBERTConfig.from_pretrained(path_or_hub_id)
+        changes: dict[str, Any] = {}
+        if yarn is not None:
+            changes["rope_parameters"] = yarn_parameters(config, yarn)
+            max_length = max_length or int(config.max_length * yarn)
+        if max_length is not None and max_length > config.max_length:
+            changes["max_length"] = max_length
+        tokenizer = AutoTokenizer.from_pretrained(path_or_hub_id)
+        model = NeoBERTLMHead.from_pretrained(path_or_hub_id, dtype=dtype, **changes)
+        return cls(model.to(device), tokenizer, max_length, max_tokens)
+
+    def documents(
+        self,
+        texts: Iterable[str],
+        name: str,
+        positions: int | None = None,
+        seed: int = 0,
+        min_tokens: int | None = None,
+    ) -> tuple[list[Document], int]:
+        """Tokenize all texts of a source, and choose what is masked in each; also returns how many
+        texts were passed over.
+
+        name: what errors call the source.
+        positions: how many tokens of each text to mask, drawn without replacement by
+            (seed, number); None, or more than a text has, is all of them.
+        min_tokens: pass over texts of fewer tokens, special tokens not counted.
+        Raises ValueError that names the document if, without min_tokens, a text is empty or of one
+        token: nothing would predict it.
+        """
+        if positions is not None and positions < 2:
+            raise ValueError(f"positions must be at least 2 (for an error bar), got {positions}")
+        if min_tokens is not None and min_tokens < 2:
+            raise ValueError(f"min_tokens must be at least 2, got {min_tokens}")
+        found: list[Document] = []
+        passed_over = 0
+        for number, text in enumerate(texts, 1):
+            (ids,), truncated = self.tokenize([text], self.max_length)
+            maskable = len(ids) - self.tokenize.num_special
+            if maskable < (min_tokens or 2):
+                if min_tokens is not None:
+                    passed_over += 1
+                    continue
+                raise ValueError(
+                    f"{name}, document {number}: pseudo-perplexity needs a text of at least 2 "
+                    f"tokens, got {maskable} ({text!r:.40}); min_tokens=2 passes such texts over"
+                )
+            places = np.arange(maskable) + len(self.tokenize.prefix)
+            if positions is not None and positions < maskable:
+                generator = random_generator(seed, POSITIONS, number)
+                places = np.sort(generator.choice(places, positions, replace=False))
+            found.append(Document(number, np.array(ids), places, maskable, bool(truncated)))
+        return found, passed_over
+
+    def __call__(
+        self, documents: Sequence[Document], progress: Callable[[int], object] = lambda tokens: None
+    ) -> Iterator[Score]:
+        """The scores of `documents`, in their order, each as soon as it is known.
+
+        progress: called with the number of tokens of each batch when it is computed.
+        """
+        losses = np.empty(sum(len(document.places) for document in documents), np.float32)
+        known = first = done = 0
+        for batch, rows, labels in masked_batches(documents, self.mask_id, self.max_tokens):
+            losses[known : known + len(labels)] = self._losses(batch, rows, labels).cpu().numpy()
+            known += len(labels)
+            progress(batch.num_tokens)
+            while done < len(documents) and first + len(documents[done].places) <= known:
+                end = first + len(documents[done].places)
+                yield Score.of(documents[done], losses[first:end])
+                first, done = end, done + 1
+
+    @torch.inference_mode()
+    def _losses(self, batch: PackedBatch, rows: Tensor, labels: Tensor) -> Tensor:
+        """(rows,) float32, the cross entropy of each masked row. Logits in float32 from there on,
+        whatever the model's dtype."""
+        device = self.model.device
+        batch = batch.to(device, non_blocking=True)
+        hidden = self.model.model(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.positions[None],
+            cu_seqlens=batch.cu_seqlens,
+            max_seqlen=batch.max_seqlen,
+        ).last_hidden_state[0]
+        logits = self.model.decoder(hidden[rows.to(device)])
+        return F.cross_entropy(logits.float(), labels.to(device), reduction="none")
+
+
+def yarn_parameters(config: NeoBERTConfig, factor: float) -> dict[str, Any]:
+    """`rope_parameters` that stretch the model's length by `factor`."""
+    if factor <= 1:
+        raise ValueError(f"yarn must be a factor greater than 1, got {factor}")
+    if config.rope_parameters["rope_type"] != "default":
+        raise ValueError(f"the model's rotary angles are scaled already: {config.rope_parameters}")
+    return {
+        "rope_type": "yarn",
+        "rope_theta": config.rope_parameters["rope_theta"],
+        "factor": float(factor),
+        "original_max_position_embeddings": config.max_length,
+    }
+
+
+def masked_batches(
+    documents: Sequence[Document], mask_id: int, max_tokens: int
+) -> Iterator[tuple[PackedBatch, Tensor, Tensor]]:
+    """The masked copies of all documents, in order: batches of at most `max_tokens` tokens, with
+    the row of each copy's mask, (copies,) int64, and the token that was there, (copies,) int64.
+
+    A batch may end one document and hold the next. A copy longer than `max_tokens` is alone.
+    """
+    copies: list[np.ndarray] = []
+    places: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+
+    def batch() -> tuple[PackedBatch, Tensor, Tensor]:
+        packed = pack(copies)
+        rows = packed.cu_seqlens[:-1] + torch.from_numpy(np.concatenate(places))
+        return packed, rows, torch.from_numpy(np.concatenate(labels))
+
+    room = max_tokens
+    for document in documents:
+        left = document.places
+        while len(left):
+            fitting = min(room // len(document.ids), MOST_COPIES - len(copies))
+            if fitting < 1 and copies:
+                yield batch()
+                copies, places, labels, room = [], [], [], max_tokens
+                continue
+            now, left = np.split(left, [max(1, fitting)])
+            masked = np.tile(document.ids, (len(now), 1))
+            masked[np.arange(len(now)), now] = mask_id
+            copies.extend(masked)
+            places.append(now)
+            labels.append(document.ids[now])
+            room -= masked.size
+    if copies:
+        yield batch()
+
+
+def score_line(score: Score) -> str:
+    """A score as a line of JSON."""
+    return json.dumps(asdict(score)) + "\n"
+
+
+def read_scores(path: Path) -> list[Score]:
+    """The scores in a JSONL file; of a last line that was cut short nothing is read."""
+    whole = path.read_bytes().rpartition(b"\n")[0]
+    return [Score(**json.loads(line)) for line in whole.splitlines()]
+
+
+def resume(path: Path, settings: Mapping[str, Any]) -> list[Score]:
+    """The scores that an interrupted run left in `path`; the file then ends with a whole line.
+
+    settings: what the scores depend on, as JSON holds it. They are beside the file, in
+        <name>.settings.json, from the run's beginning on.
+    Raises ValueError if the file was begun with others.
+    """
+    beside = path.with_suffix(".settings.json")
+    if not path.exists():
+        beside.write_text(json.dumps(settings, indent=1) + "\n")
+        return []
+    begun = json.loads(beside.read_text()) if beside.exists() else {}
+    changed = [
+        f"{name} was {begun.get(name)!r} and is {settings.get(name)!r}"
+        for name in dict.fromkeys([*begun, *settings])
+        if begun.get(name) != settings.get(name)
+    ]
+    if changed:
+        raise ValueError(f"{path} holds a run with other settings: {'; '.join(changed)}")
+    scores = read_scores(path)
+    with open(path, "r+b") as file:
+        file.truncate(file.read().rfind(b"\n") + 1)
+    return scores
+
+
+def mean_perplexity(scores: Sequence[Score]) -> float:
+    """exp of the mean loss of all masked tokens of all documents."""
+    masked = sum(score.masked for score in scores)
+    return math.exp(sum(score.loss * score.masked for score in scores) / masked)
+
+
+def means_by_length(scores: Sequence[Score]) -> list[tuple[float, float]]:
+    """(mean length in tokens, geometric mean of the perplexities) of documents of like length: of
+    one length where several have each, else between one power of 2 and the next."""
+    lengths = np.array([score.tokens for score in scores])
+    losses = np.array([score.loss for score in scores])
+    several = np.unique(lengths, return_counts=True)[1].min() > 1
+    groups = lengths if several else np.ceil(np.log2(lengths))
+    return [
+        (float(lengths[groups == group].mean()), math.exp(losses[groups == group].mean()))
+        for group in np.unique(groups)
+    ]
+
+
+def plot_by_length(
+    curves: Mapping[str, Sequence[Score]], path: Path, trained_length: int | None = None
+) -> None:
+    """Draw Figures 2 and 6: a point for each document, and `means_by_length` as a line.
+
+    trained_length: tokens of the longest sequence seen in training, drawn as a line.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, scores) in enumerate(curves.items()):
+        color = f"C{number}"
+        lengths = np.array([score.tokens for score in scores])
+        losses = np.array([score.loss for score in scores])
+        axes.plot(lengths, np.exp(losses), ".", color=color, alpha=0.35, markersize=4)
+        axes.plot(*zip(*means_by_length(scores), strict=True), "o-", color=color, label=name)
+    if trained_length is not None:
+        axes.axvline(trained_length, color="grey", linestyle="--", label="longest in training")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set(xlabel="tokens of the text", ylabel="pseudo-perplexity")
+    axes.legend()
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=120)
