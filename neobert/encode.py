@@ -120,7 +120,7 @@ class Encoder:
     ):
         if batch_invariant and fused_epilogues:
             raise ValueError(
-                "batch_invariant and fused_epilogues: the fused kernels do not promise a text's bits"
+                "batch_invariant and fused_epilogues: fused kernels do not promise a text's bits"
             )
         if batch_invariant:
             make_batch_invariant(model)

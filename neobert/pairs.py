@@ -184,13 +184,17 @@ class Pairs:
 
 def prompts_of(sources: Iterable[PairSource]) -> dict[str, str]:
     """{name: prompt} of a model trained on `sources`: each one's by its name; "query" if all have
-    the same; "document", nothing, unless a source is trained with it there too."""
+    the same; "document" if all were trained alike there, nothing or the same, so that whoever
+    evaluates the model does as was done in training."""
     sources = list(sources)
     prompts = {source.title: source.prompt for source in sources}
-    if len(set(prompts.values())) == 1:
+    same = len(set(prompts.values())) == 1
+    if same:
         prompts.setdefault("query", sources[0].prompt)
-        if not any(source.symmetric for source in sources):
-            prompts.setdefault("document", "")
+    if not any(source.symmetric for source in sources):
+        prompts.setdefault("document", "")
+    elif same and all(source.symmetric for source in sources):
+        prompts.setdefault("document", sources[0].prompt)
     return prompts
 
 

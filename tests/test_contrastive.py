@@ -127,11 +127,14 @@ def test_it_learns_and_leaves_a_sentence_transformers_folder(settings):
 
 @pytest.mark.parametrize("sources, expected", [
     ([PairSource("a.csv", instruction="Do.")], {"a": "Do. ", "query": "Do. ", "document": ""}),
-    ([PairSource("a.csv", instruction="Do.", symmetric=True)], {"a": "Do. ", "query": "Do. "}),
+    ([PairSource("a.csv", instruction="Do.", symmetric=True)],
+     {"a": "Do. ", "query": "Do. ", "document": "Do. "}),
+    ([PairSource("a.csv", instruction="Do."), PairSource("b.csv", instruction="Do.", symmetric=True)],
+     {"a": "Do. ", "b": "Do. ", "query": "Do. "}),
     ([PairSource("a.csv"), PairSource("x/b.jsonl.gz")],
      {"a": "", "b": "", "query": "", "document": ""}),
     ([PairSource("a.csv", "one", instruction="Do."), PairSource("a.csv", "two")],
-     {"one": "Do. ", "two": ""}),
+     {"one": "Do. ", "two": "", "document": ""}),
 ])  # fmt: skip
 def test_prompts(sources, expected):
     assert prompts_of(sources) == expected
