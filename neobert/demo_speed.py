@@ -103,7 +103,8 @@ def run_padded(
 
 def run_packed(encoder: Encoder, texts: list[str]) -> Run:
     """Embed with this package, a progress bar and all."""
-    with warnings.catch_warnings(action="ignore", category=TruncationWarning):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TruncationWarning)
         embeddings = encoder.encode(texts, show_progress_bar=True)
     stats = encoder.stats
     return Run(

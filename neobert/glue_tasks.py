@@ -130,7 +130,8 @@ def find_task(name: str) -> Task:
 
 def _correlation(statistic, labels, predictions) -> float:
     """Of a constant prediction it is not defined: 0, as scikit-learn has it for Matthews'."""
-    with warnings.catch_warnings(action="ignore", category=ConstantInputWarning):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConstantInputWarning)
         value = float(statistic(labels, predictions).statistic)
     return value if np.isfinite(value) else 0.0
 

@@ -76,7 +76,8 @@ def test_sentence_transformers_gives_the_same_vectors(encoder, checkpoint, pooli
         modules=[transformer, Pooling(HIDDEN_SIZE, pooling_mode=pooling)], device="cpu"
     )
     expected = model.encode(TEXTS, prompt=prompt, normalize_embeddings=True)
-    with warnings.catch_warnings(action="ignore", category=TruncationWarning):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TruncationWarning)
         actual = encoder.encode(TEXTS, pooling, normalize=True, prompt=prompt)
     close(actual, expected)
 
@@ -109,7 +110,8 @@ def test_truncation_is_counted_and_warned_of_once(encoder):
 
 
 def test_nothing_is_warned_of_when_nothing_is_truncated(encoder):
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         encoder.encode(SHORT)
     assert encoder.stats.truncated == 0
 
