@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+from neobert.breakdown import report as breakdown
 from neobert.throughput import table
 
 ROOT = Path(__file__).parent.parent
@@ -154,6 +155,15 @@ def throughput_section(document: dict, source: str, picture: Path) -> str:
     return "\n".join(lines)
 
 
+def breakdown_section(document: dict, source: str, picture: Path) -> str:
+    machine = document["machine"]
+    where = machine.get("gpu") or f"{machine['cores']} cores of an {machine['cpu']}"
+    lines = [f"Where the time goes, on {where} ({source}", "", breakdown.summary(document)]
+    if picture.exists():
+        lines += ["", f"![Where the time goes]({picture.relative_to(ROOT)})"]
+    return "\n".join(lines)
+
+
 def render(path: Path) -> str:
     """The Markdown between the README's markers, from one results file."""
     document = json.loads(path.read_text())
@@ -161,6 +171,8 @@ def render(path: Path) -> str:
     source = f"torch {machine['torch']}), from `{path.relative_to(ROOT)}`:"
     if "throughput" in document:
         return throughput_section(document, source, path.with_suffix(".png"))
+    if "breakdown" in document:
+        return breakdown_section(document, source, path.with_suffix(".png"))
     results = document["results"]
     if "gpu" in machine:
         title = f"On an {machine['gpu']} (triton {machine['triton']}, {source}"

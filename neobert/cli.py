@@ -78,7 +78,7 @@ def encode(
     ] = None,
     max_tokens: Annotated[
         int | None,
-        typer.Option(help="Most tokens computed at once. [default: 4096 on a CPU, 32768 on a GPU]"),
+        typer.Option(help="Most tokens computed at once. [default: 2048 on a CPU, 32768 on a GPU]"),
     ] = None,
     dtype: Annotated[
         Dtype | None,

@@ -38,11 +38,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
-# Tokens in a batch by default. On a CPU, speed is level from 512 to 4096 tokens (one Zen 4 core,
-# both dtypes, noise of 10 %) and about 5 % lower at 8192; 4096 also holds the longest text. On a
-# GPU, chosen from the model's arithmetic and not measured: enough to hide the kernel launches of 28
-# layers, at under 1 GiB of activations in bfloat16.
-MAX_TOKENS = {"cpu": 4096, "cuda": 32768}
+# Tokens in a batch by default. On a CPU, speed is level from 512 to 4096 tokens, but from 3641 on
+# a float32 qkv projection is more than the 32 MiB above which glibc maps every tensor anew: 4096
+# tokens took 3 % longer than 2048 for it. Longer texts are batches of their own. On a GPU, chosen
+# from the model's arithmetic and not measured: enough to hide the kernel launches of 28 layers, at
+# under 1 GiB of activations in bfloat16.
+MAX_TOKENS = {"cpu": 2048, "cuda": 32768}
 
 
 class TruncationWarning(UserWarning):

@@ -64,6 +64,25 @@ def test_throughput(report, tmp_path):
     assert "](benchmarks/results/machine-throughput.png)" in report.render(path)
 
 
+def test_breakdown(report, tmp_path):
+    machine = {"cores": 2, "cpu": "CPU", "cpu_kernels": "avx2", "torch": "2.13"}
+    parts = {
+        "GEMM": {"seconds": 0.3, "roof_s": 0.24, "ops": {}},
+        "launch gaps, Python, dispatcher": {"seconds": 0.1, "roof_s": 0.0, "ops": {}},
+    }
+    case = {"tokens": 100, "wall_s": 0.4, "unprofiled_wall_s": 0.2, "categories": parts}
+    document = {"machine": machine, "breakdown": {"float32": {"cases": {"forward": case}}}}
+    path = tmp_path / "benchmarks/results/machine-breakdown.json"
+    path.write_text(json.dumps(document))
+    text = report.render(path)
+    assert "| share of the step (of the roofline) | forward, float32 |" in text
+    assert "| tokens per second | 500 |" in text
+    assert "| GEMM | 75.0% (80%) |" in text
+    assert "| launch gaps, Python, dispatcher | 25.0% |" in text and "png" not in text
+    path.with_suffix(".png").write_bytes(b"")
+    assert "](benchmarks/results/machine-breakdown.png)" in report.render(path)
+
+
 def test_the_readme_says_what_the_files_that_it_names_say():
     spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks/report.py")
     module = importlib.util.module_from_spec(spec)

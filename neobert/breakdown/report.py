@@ -109,6 +109,34 @@ def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:,.2f}" if seconds < 1 else f"{seconds * 1e3:,.0f}"
 
 
+def summary(document: dict[str, Any]) -> str:
+    """One table of a results file: each category's share of the step, and of what the roofline
+    allows it."""
+    cases = [
+        (f"{what}, {dtype}", case)
+        for dtype, part in document["breakdown"].items()
+        for what, case in part["cases"].items()
+    ]
+    lines = [
+        "| share of the step (of the roofline) | " + " | ".join(name for name, _ in cases) + " |",
+        "|---|" + "---|" * len(cases),
+        "| tokens per second | "
+        + " | ".join(f"{c['tokens'] / c['unprofiled_wall_s']:,.0f}" for _, c in cases)
+        + " |",
+    ]
+    for name in (*CATEGORIES, UNATTRIBUTED, REMAINDER):
+        cells = []
+        for _, case in cases:
+            found = case["categories"].get(name)
+            cell = "-" if found is None else f"{found['seconds'] / case['wall_s']:.1%}"
+            if found and found["roof_s"] and found["seconds"]:
+                cell += f" ({found['roof_s'] / found['seconds']:.0%})"
+            cells.append(cell)
+        if any(cell != "-" for cell in cells):
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def draw(document: dict[str, Any], path: Path) -> None:
     """Two stacked bars for each case: shares of the step's wall clock, and beneath them what the
     roofline allows the same ops. Needs matplotlib (the `bench` extra)."""
