@@ -32,8 +32,8 @@ def cases(
     """
     torch.manual_seed(0)
     lengths = LENGTHS.lengths(TEXTS[device.type])
-    model = NeoBERTLMHead(config)
-    model.to(device)  # type: ignore[arg-type] # transformers wraps it without its signature
+    model: Any = NeoBERTLMHead(config)
+    model.to(device)
     encoder = model.model.to(dtype).eval()
     for what, each in (("one query", [QUERY]), ("forward", lengths)):
         batch = random_batch(each, config.vocab_size).to(device)

@@ -188,8 +188,7 @@ def attribute(
 def unowned(events: Iterable[Any], names: Iterable[str]) -> dict[str, float]:
     """Seconds on the CPU in each kind of event outside the ops `names`, those called in it apart;
     the longest first."""
-    owners = set(names)
-    seconds: dict[str, float] = defaultdict(float)
+    owners, seconds = set(names), defaultdict[str, float](float)
     for event in events:
         if out_of_place(event.name) not in owners and not _has_owner(event, owners):
             seconds[event.name] += event.self_cpu_time_total / 1e6
