@@ -73,7 +73,7 @@ def mteb(
     ] = None,
     max_tokens: Annotated[
         int | None,
-        typer.Option(help="Most tokens computed at once. [default: 4096 on a CPU, 32768 on a GPU]"),
+        typer.Option(help="Most tokens computed at once. [default: 2048 on a CPU, 32768 on a GPU]"),
     ] = None,
     dtype: Annotated[
         str | None,
@@ -251,7 +251,7 @@ def perplexity(
     ] = None,
     max_tokens: Annotated[
         int | None,
-        typer.Option(help="Most tokens computed at once. [default: 4096 on a CPU, 32768 on a GPU]"),
+        typer.Option(help="Most tokens computed at once. [default: 2048 on a CPU, 32768 on a GPU]"),
     ] = None,
     dtype: Annotated[
         str | None,
@@ -318,8 +318,8 @@ def perplexity(
                 lines.flush()
                 bar.set_postfix_str(f"document {score.document}: {score.perplexity:.4g}")
         if plot:
-            others = {path.stem: read_scores(path) for path in beside or []}
-            plot_by_length({output.stem: scores, **others}, plot)
+            others = {str(path): read_scores(path) for path in beside or []}
+            plot_by_length({**others, str(output): scores}, plot)
     except Stopped as stopped:
         typer.echo(f"{stopped}: stopped, {len(scores)} documents are in {output}", err=True)
         raise typer.Exit(stopped.exit_code) from None

@@ -149,7 +149,7 @@ def search(
         for rank, hit in enumerate(hits, 1):
             if as_json:
                 found = {"query": asked, "rank": rank, "score": round(hit.score, 6)}
-                typer.echo(json.dumps(found | hit.record, ensure_ascii=False))
+                typer.echo(json.dumps(found | hit.record | found, ensure_ascii=False))
             else:
                 typer.echo(_line(rank, hit, loaded.settings.field))
 

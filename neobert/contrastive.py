@@ -105,6 +105,8 @@ def contrastive(config: ContrastiveConfig) -> Result:
         check_same_run(output / CONFIG, config, MAY_CHANGE)
         progress = load_progress(resume_from)
     step = progress["step"]
+    if step > config.steps:
+        raise ValueError(f"steps={config.steps}, but {resume_from} is of step {step}")
     began -= progress["seconds"]
 
     # --- data -------------------------------------------------------------------------------------
@@ -146,7 +148,13 @@ def contrastive(config: ContrastiveConfig) -> Result:
 
     # --- what the run says ------------------------------------------------------------------------
     metrics, hub, peak = None, None, math.nan
-    result = Result(step, math.nan, math.nan, resume_from, None, [each.report() for each in data])
+    result = Result(
+        step,
+        progress.get("loss", math.nan),
+        progress.get("accuracy", math.nan),
+        resume_from,
+        left_out=[each.report() for each in data],
+    )
     if accelerator.is_main_process:
         metrics = Metrics(
             "contrastive", output, step, config.steps, config.tensorboard, config.wandb
@@ -236,6 +244,7 @@ def contrastive(config: ContrastiveConfig) -> Result:
             if step % config.save_every == 0 or step == config.steps or result.stopped_by:
                 paused = time.perf_counter()
                 progress["seconds"] = paused - began
+                progress |= {"loss": result.loss, "accuracy": result.accuracy}
                 if hub:
                     hub.wait()  # saving may remove what is being uploaded
                 result.checkpoint = save_checkpoint(

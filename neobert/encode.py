@@ -100,8 +100,9 @@ class Encoder:
     cuda_graphs: compute small batches, queries above all, as one replayed CUDA graph each
         (`neobert.graphs`). The first batch of a size waits for its capture. Batches beyond the
         largest graph are computed as ever; `stats.graphed` and the log say so.
-    batch_invariant: a text gets the same bits alone, in any batch and in any order. On CPUs
-        without AMX it does so in any case; see `neobert.invariance`, also for its ValueError.
+    batch_invariant: a text gets the same bits alone, in any batch and in any order. With the
+        compiled CPU kernels and without AMX it does so in any case; see `neobert.invariance`, also
+        for its ValueError.
     fused_epilogues: compute a layer as five kernels, with norms, rotation, SwiGLU and residual adds
         in the GEMMs' epilogues (`neobert.prepared`), from a copy of the weights as they are now.
         For GPUs; its speed there is not measured yet, so it is not the default.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -24,7 +25,11 @@ def start_accelerator() -> Accelerator:
         cpu=not torch.cuda.is_available(),  # or accelerate ignores torchrun on a machine without
         mixed_precision="no",  # it would cast the residual stream too: the loops autocast
         gradient_accumulation_steps=1,  # until the number of processes is known
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            # One process may download, look through data or upload while the others wait.
+            InitProcessGroupKwargs(timeout=timedelta(hours=12)),
+        ],
     )
 
 

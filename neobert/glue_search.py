@@ -6,7 +6,9 @@
 
 Started again it goes on: finished runs are read, the interrupted one continues from its checkpoint.
 Of all runs on a task only the best keeps its weights. Processes may share an output if each has
-tasks, or a part of the grid, of its own: with the whole grid a last one compares what they did.
+tasks of its own, or a part of the grid: with the whole grid a last one compares what they did. With
+transfer, MNLI's whole grid must be compared so before another task begins. An output is of one
+model: it holds the settings it was begun with, and refuses others.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from neobert.engine import NonFiniteLossError
-from neobert.glue import MODEL, RESULT, FinetuneResult, finetune
+from neobert.engine import CONFIG, NonFiniteLossError
+from neobert.glue import MAY_CHANGE, MODEL, RESULT, FinetuneResult, finetune
 from neobert.glue_recipes import FinetuneConfig, GlueConfig
 from neobert.glue_tasks import TASKS
 from neobert.saving import write_json
+from neobert.settings import check_same_run, save_config
 
 BEST, RESULTS, TABLE = "best.json", "results.json", "results.md"
 TRANSFER_FROM, TRANSFER_TO = "MNLI", ("RTE", "STS-B", "MRPC", "QNLI")
@@ -34,6 +37,11 @@ PAPER = {
     "NeoBERT 1024 (paper)": (88.9, 93.9, 90.7, 91.0, 95.8, 93.4, 64.8, 92.1),
     "NeoBERT 4096 (paper)": (89.0, 93.7, 90.7, 91.3, 95.6, 93.4, 66.2, 91.8),
 }
+
+
+# What an evaluation may go on with other values of: which runs there are, and not what a run is.
+GLUE_MAY_CHANGE = MAY_CHANGE | {"tasks", "search", "grid", "transfer", "batch_size", "lr",
+                                "weight_decay"}  # fmt: skip
 
 
 @dataclass
@@ -60,6 +68,11 @@ def glue(config: GlueConfig) -> GlueResult:
     a search's runs has a score.
     """
     output, signum = Path(config.output), None
+    if (output / CONFIG).exists():
+        check_same_run(output / CONFIG, config, GLUE_MAY_CHANGE)
+    else:
+        output.mkdir(parents=True, exist_ok=True)
+        save_config(config, output / CONFIG)
     # MNLI is the first of the table, too, and others start from it.
     for task in [name for name in NAMES if name in config.tasks]:
         signum = run_task(config, task, start(config, task))
@@ -86,8 +99,11 @@ def run_task(config: GlueConfig, task: str, model: str) -> int | None:
     """All runs on a task, and best.json of the best, of equal ones the first; or a signal's number
     if one came."""
     folder = Path(config.output) / task
-    best: dict[str, Any] | None = None
-    for point in config.points(task):
+    points = config.points(task)
+    best: dict[str, Any] | None = best_runs(Path(config.output)).get(task)
+    if best and best["run"] in map(run_name, points):
+        best = None  # it is compared below, in its place
+    for point in points:
         name = run_name(point)
         run = config.run(task, model, folder / name, point)
         result = finetune_or_note(run) if config.search else finetune(run)

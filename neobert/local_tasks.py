@@ -290,8 +290,10 @@ def _retrieval(folder: Path) -> AbsTask:
                 file = files[1] if known is queries else files[0]
                 raise ValueError(f"{where}: the {column} {row.get(column)!r} is not in {file}")
         try:
-            score = int(row.get("score"))  # type: ignore[arg-type]
-        except (TypeError, ValueError):
+            number = float(row.get("score"))  # type: ignore[arg-type]
+            if number != (score := int(number)):
+                raise ValueError
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(
                 f"{where}: 'score' is {row.get('score')!r}, must be an integer"
             ) from None

@@ -46,6 +46,9 @@ PAPER = """@misc{lebreton2025neobert,
 # The files that decide a directory's vectors.
 MODEL_FILES = (
     "*.safetensors",
+    "*.bin",
+    "vocab.txt",
+    "special_tokens_map.json",
     "config.json",
     "tokenizer.json",
     "tokenizer_config.json",

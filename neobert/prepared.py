@@ -58,11 +58,12 @@ class PreparedNeoBERT(nn.Module):
                 f"a sequence of {batch.max_seqlen} tokens is longer than the model's max_length,"
                 f" {self.config.max_length}"
             )
-        hidden = self.encoder(batch.input_ids)
-        squares = sum_of_squares(hidden)
-        for layer in self.layers:
-            hidden, squares = layer(hidden, squares, self.rotary.cos, self.rotary.sin, batch)
-        return self.layer_norm(hidden)
+        with torch.autocast(batch.input_ids.device.type, enabled=False):
+            hidden = self.encoder(batch.input_ids)
+            squares = sum_of_squares(hidden)
+            for layer in self.layers:
+                hidden, squares = layer(hidden, squares, self.rotary.cos, self.rotary.sin, batch)
+            return self.layer_norm(hidden)
 
 
 # The modules of a block, of which nothing but the weights is used.

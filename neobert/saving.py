@@ -76,7 +76,8 @@ def save_checkpoint(
     write = accelerator.is_main_process and not final.exists()
     if write:
         try:
-            shutil.rmtree(aside, ignore_errors=True)
+            for left in (output / FOLDER).glob(".step-*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
             aside.mkdir(parents=True)
             accelerator.unwrap_model(model).save_pretrained(aside, state_dict=weights)
             tokenizer.save_pretrained(aside)
@@ -100,7 +101,7 @@ def save_checkpoint(
             for old in checkpoints(output)[:-keep]:
                 gone = old.with_name(f".{old.name}.removed")
                 os.rename(old, gone)  # so that no half-removed one looks whole
-                shutil.rmtree(gone)
+                shutil.rmtree(gone, ignore_errors=True)
         except OSError as error:
             failure = error
     failed = torch.tensor(int(failure is not None), device=accelerator.device)
@@ -123,9 +124,7 @@ def write_whole(final: Path, write: Callable[[Path], object]) -> None:
         aside.mkdir(parents=True)
         write(aside)
         _flush(aside)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(aside, final)
-        _flush(final.parent)
+        _put_in_place(aside, final)
     except Exception as error:  # whatever safetensors, torch or the system raise on a full disk
         shutil.rmtree(aside, ignore_errors=True)
         raise SaveError(f"{final} could not be written ({error})") from error
@@ -133,7 +132,7 @@ def write_whole(final: Path, write: Callable[[Path], object]) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Write a file whole, in place of an older one. Raises SaveError if writing fails."""
-    aside = path.with_name(f".{path.name}.unfinished")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")  # others may write theirs
     try:
         with open(aside, "w") as file:
             file.write(json.dumps(value, indent=2) + "\n")
@@ -155,8 +154,7 @@ def export_model(checkpoint: Path, folder: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         shutil.copytree(checkpoint, aside, ignore=shutil.ignore_patterns(OPTIMIZER, PROGRESS))
         _flush(aside)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(aside, folder)
+        _put_in_place(aside, folder)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise SaveError(
@@ -233,6 +231,18 @@ def _gather_random_states(accelerator: Accelerator) -> list:
     everyone: list = [None] * accelerator.num_processes
     torch.distributed.all_gather_object(everyone, mine)
     return everyone
+
+
+def _put_in_place(aside: Path, final: Path) -> None:
+    """Rename a flushed directory to `final`, where an older one may be; no half-removed one looks
+    whole."""
+    old = final.with_name(f".{final.name}.removed")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.rename(final, old)
+    os.rename(aside, final)
+    _flush(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _flush(folder: Path) -> None:

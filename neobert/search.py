@@ -15,7 +15,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class IndexSettings:
 
     model: checkpoint directory or hub repository. field: of the records, which holds the text.
     pooling, max_length: see `Encoder`. prompt, query_prompt: put before every text, every query.
+    dtype: that the texts were embedded in; `build_index` fills it in.
     """
 
     model: str
@@ -44,6 +45,7 @@ class IndexSettings:
     prompt: str = ""
     query_prompt: str = ""
     max_length: int | None = None
+    dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Index:
         settings = IndexSettings(**json.loads((folder / INDEX).read_text()))
         # In the dtype of the texts' embedding: bfloat16 rounding moves scores by a percent.
         encoder = Encoder.from_pretrained(
-            model or settings.model, device, max_length=settings.max_length
+            model or settings.model, device, settings.dtype, settings.max_length
         )
         with open(folder / TEXTS, encoding="utf-8") as lines:
             records = [json.loads(line) for line in lines]
@@ -148,6 +150,7 @@ def build_index(
     Memory stays bounded however many records there are. `total`: their number, if it is known.
     Raises ValueError if no record has a text.
     """
+    settings = replace(settings, dtype=str(encoder.dtype).removeprefix("torch."))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / INDEX).unlink(missing_ok=True)

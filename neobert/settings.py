@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -58,8 +59,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def save_config(config: object, path: Path) -> None:
-    """As a YAML file that `load` reads."""
-    OmegaConf.save(OmegaConf.structured(config), path)
+    """As a YAML file that `load` reads, whole: half of one would look like another run's."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        OmegaConf.save(OmegaConf.structured(config), aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def check_same_run(path: Path, config: Config, may_change: Collection[str]) -> None:

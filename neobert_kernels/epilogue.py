@@ -8,7 +8,7 @@ disappear:
 
 The gain goes into the weight once (`fold_gain`), rstd is one factor for each row, and the sum of
 squares that it is made of is taken where x is written, in the epilogue of the GEMM before: over
-BLOCK columns at a time, so that the sum has one order on every device.
+BLOCK columns at a time, so that the order of the sum does not depend on the batch.
 """
 
 import torch

@@ -38,8 +38,9 @@ def linear(
         x: (tokens, in_features) float32, bfloat16 or float16.
         weight: (out_features, in_features) in x.dtype (any dtype under autocast).
         residual: (tokens, out_features) or None; its dtype may differ from that of x.
-        batch_invariant: a row's bits depend on that row of x (and of residual) alone, on every
-            device: not on the other rows, their number, its place among them, or the threads.
+        batch_invariant: a row's bits depend on that row of x (and of residual) alone, wherever the
+            op has a kernel: not on the other rows, their number, its place among them, or the
+            threads.
             That keeps the libraries' GEMMs out, which choose how to sum by the number of rows.
 
     Returns:
@@ -111,7 +112,8 @@ def unchecked_linear_swiglu(x: Tensor, weight: Tensor, batch_invariant: bool = F
         x, weight = _autocast(x, weight)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return swiglu(_Linear.apply(x, weight, None, batch_invariant))
-    if _invariant_apart(x) if batch_invariant else _served_by_pytorch(x):
+    # Only the CPU has a kernel of both; elsewhere a library multiplies, and SwiGLU has its own.
+    if _invariant_apart(x) if batch_invariant else (not x.is_cpu or _served_by_pytorch(x)):
         return swiglu(product(x, weight, None, batch_invariant))
     return ops.linear_swiglu(x, weight)
 

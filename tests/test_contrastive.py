@@ -125,6 +125,15 @@ def test_it_learns_and_leaves_a_sentence_transformers_folder(settings):
         assert np.abs(plain - expected).max() > 0.01  # the prompt is not nothing
 
 
+def test_a_finished_run_again(settings):
+    config = settings("run", steps=4)
+    first = contrastive(config)
+    again = contrastive(config)
+    assert (again.step, again.loss, again.accuracy) == (4, first.loss, first.accuracy)
+    with pytest.raises(ValueError, match=r"steps=3, but .*step-00000004 is of step 4"):
+        contrastive(dataclasses.replace(config, steps=3))
+
+
 @pytest.mark.parametrize("sources, expected", [
     ([PairSource("a.csv", instruction="Do.")], {"a": "Do. ", "query": "Do. ", "document": ""}),
     ([PairSource("a.csv", instruction="Do.", symmetric=True)],

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -105,6 +106,22 @@ def test_a_stopped_search_goes_on_where_it_was(searched, model, data, tmp_path, 
     for task in result.runs:
         kept = list((tmp_path / "broken" / task).glob("*/model"))
         assert [path.parent.name for path in kept] == [result.runs[task]["run"]]
+
+
+def test_a_part_of_the_grid_keeps_a_better_best(searched, model, data, tmp_path):
+    output = shutil.copytree(searched[0].output, tmp_path / "copy")
+    before = searched[1].runs["MNLI"]
+    worse = next(run for run in RUNS if run != before["run"])
+    part = SEARCH | {"tasks": "[MNLI]", "grid__lr": f"[{worse.split('_')[1][3:]}]"}
+    assert glue(glue_settings(model, data, output, **part)).runs["MNLI"] == before
+    assert (output / "MNLI" / before["run"] / "model").exists()
+
+
+def test_an_output_is_of_one_model(searched, data, tmp_path):
+    output = shutil.copytree(searched[0].output, tmp_path / "copy")
+    other = write_model(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"another configuration: model was"):
+        glue(glue_settings(other, data, output, **SEARCH))
 
 
 def test_a_run_that_diverges_does_not_end_a_search(model, data, tmp_path):

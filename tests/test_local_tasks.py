@@ -179,6 +179,7 @@ def test_files_that_cannot_be_read(tmp_path, name, text, error):
     ({"qrels": [{"query-id": "q0", "corpus-id": "d99", "score": 1}]},
      r"test\.tsv, row 1: the corpus-id 'd99' is not in .*corpus\.jsonl"),
     ({"qrels": [{"query-id": "q0", "corpus-id": "d0", "score": "high"}]}, "must be an integer"),
+    ({"qrels": [{"query-id": "q0", "corpus-id": "d0", "score": 0.9}]}, "must be an integer"),
     ({"qrels": [{"query": "q0", "corpus-id": "d0", "score": 1}]}, "needs query-id, corpus-id, "),
 ])  # fmt: skip
 def test_errors_of_a_beir_folder(tmp_path, changes, error):
