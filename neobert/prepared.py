@@ -14,6 +14,7 @@ from neobert.layers import Linear, NeoBERTBlock, RMSNorm, SwiGLU, is_bare
 from neobert.model import NeoBERT
 from neobert.packing import PackedBatch
 from neobert_kernels import sum_of_squares
+from neobert_kernels._library import is_any_autocast_enabled
 from neobert_kernels.epilogue import fold_gain, interleave_gate_up
 from neobert_kernels.unchecked import (
     linear_add,
@@ -58,12 +59,16 @@ class PreparedNeoBERT(nn.Module):
                 f"a sequence of {batch.max_seqlen} tokens is longer than the model's max_length,"
                 f" {self.config.max_length}"
             )
-        with torch.autocast(batch.input_ids.device.type, enabled=False):
-            hidden = self.encoder(batch.input_ids)
-            squares = sum_of_squares(hidden)
-            for layer in self.layers:
-                hidden, squares = layer(hidden, squares, self.rotary.cos, self.rotary.sin, batch)
-            return self.layer_norm(hidden)
+        kind = batch.input_ids.device.type
+        # In which plain PyTorch's products would be of another dtype.
+        if is_any_autocast_enabled() and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return self(batch)
+        hidden = self.encoder(batch.input_ids)
+        squares = sum_of_squares(hidden)
+        for layer in self.layers:
+            hidden, squares = layer(hidden, squares, self.rotary.cos, self.rotary.sin, batch)
+        return self.layer_norm(hidden)
 
 
 # The modules of a block, of which nothing but the weights is used.

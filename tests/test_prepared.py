@@ -79,6 +79,15 @@ def test_the_comparison_sees_what_a_wrong_preparation_does(checkpoint, lost, mon
     assert relative_error(ours[:, quiet], truth[:, quiet]) > 1e-2
 
 
+def test_autocast_changes_nothing(checkpoint):
+    prepared, batch = PreparedNeoBERT(NeoBERT.from_pretrained(checkpoint)), pack([[5, 6, 7], [8]])
+    expected = prepared(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(prepared(batch), expected)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert torch.equal(prepared(batch), expected)
+
+
 def test_changing_one_sequence_leaves_the_others_bits(checkpoint):
     model = PreparedNeoBERT(NeoBERT.from_pretrained(checkpoint))
     sequences = random_sequences([64, 33, 5])
