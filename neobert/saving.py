@@ -149,17 +149,14 @@ def export_model(checkpoint: Path, folder: Path) -> None:
 
     Raises SaveError if it cannot be written.
     """
-    aside = folder.with_name(f".{folder.name}.unfinished")
+    unwanted = shutil.ignore_patterns(OPTIMIZER, PROGRESS)
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.copytree(checkpoint, aside, ignore=shutil.ignore_patterns(OPTIMIZER, PROGRESS))
-        _flush(aside)
-        _put_in_place(aside, folder)
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise SaveError(
-            f"{folder} could not be written ({error}); the model is in {checkpoint}"
-        ) from error
+        write_whole(
+            folder,
+            lambda aside: shutil.copytree(checkpoint, aside, ignore=unwanted, dirs_exist_ok=True),
+        )
+    except SaveError as error:
+        raise SaveError(f"{error}; the model is in {checkpoint}") from error
 
 
 def load_optimizer(

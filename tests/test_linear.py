@@ -9,6 +9,7 @@ from accuracy import assert_accurate
 from isa import OLDER, run_on
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from neobert_kernels import _compiled, linear, linear_swiglu
 from neobert_kernels._library import ops
@@ -341,3 +342,18 @@ def test_the_kernel_itself_refuses(arguments):
     """Below the checks of the public function too, no memory is read that is not there."""
     with pytest.raises(ValueError, match="linear: "):
         ops.linear(*arguments)
+
+
+def test_without_a_fused_kernel_swiglu_still_has_its_own():
+    """On a GPU, which has no kernel of `linear_swiglu`; a meta tensor takes the same way."""
+    called = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    x, weight = torch.empty(3, 8, device="meta"), torch.empty(12, 8, device="meta")
+    with Calls():
+        assert module.unchecked_linear_swiglu(x, weight).shape == (3, 6)
+    assert "neobert.swiglu.default" in called and "neobert.linear_swiglu.default" not in called

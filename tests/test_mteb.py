@@ -353,6 +353,8 @@ def test_mtebs_own_tasks_on_data_sets_in_a_folder(checkpoint, model, tmp_path, m
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     first, second, scores = hub_folder(tmp_path / "data")
     tasks = select_tasks(["STSBenchmark", "NFCorpus"], data=tmp_path / "data")
+    [kept] = select_tasks(["STSBenchmark"])  # the benchmark's own, untouched
+    assert kept.metadata.dataset["path"] == "mteb/stsbenchmark-sts"
     results = dict((t.metadata.name, r) for t, r in evaluate(model, tasks, tmp_path / "out"))
     prompt = instructions.prompt("STSBenchmark", "STS")
     a, b = (model.encoder.encode(texts, prompt=prompt).astype(float) for texts in (first, second))
@@ -362,8 +364,6 @@ def test_mtebs_own_tasks_on_data_sets_in_a_folder(checkpoint, model, tmp_path, m
     loaded = mteb.ResultCache(tmp_path / "out").load_results(tasks=["STSBenchmark", "NFCorpus"])
     [of_model] = loaded.model_results
     assert of_model.model_name == f"local/{checkpoint.name}" and len(of_model.task_results) == 2
-    [kept] = select_tasks(["STSBenchmark"])  # the benchmark's own, as it was
-    assert kept.metadata.dataset["path"] == "mteb/stsbenchmark-sts"
     with pytest.raises(ValueError, match=r"STS12: there is no folder .*sts12-sts; to have it"):
         select_tasks(["STS12"], data=tmp_path / "data")
     with pytest.raises(ValueError, match="CQADupstackAndroidRetrieval: there is no folder"):
