@@ -50,18 +50,20 @@ def batch() -> MaskedBatch:
     return masked([(0, sequences)], Masking.of(tokenizer, 0.2, "mask"), seed=0, step=0)
 
 
-def labelled_loss(decoder: nn.Linear, hidden: Tensor, labels: Tensor) -> Tensor:
-    rows = labels != IGNORE_INDEX
-    return F.cross_entropy(decoder(hidden[rows]).float(), labels[rows])
+def masked_loss(decoder: nn.Linear, hidden: Tensor, labels: Tensor) -> Tensor:
+    """Of the rows that are masked alone."""
+    return F.cross_entropy(decoder(hidden).float(), labels)
 
 
 def padded_loss(plain: PlainNeoBERT, batch: MaskedBatch) -> Callable[[], Tensor]:
     """All sequences in one batch, padded to the longest."""
     inputs = batch.padded_inputs(0)
+    labels = inputs["labels"]
+    masked = labels != IGNORE_INDEX
 
     def loss() -> Tensor:
         hidden = plain(inputs["input_ids"], inputs["attention_mask"])
-        return labelled_loss(plain.decoder, hidden, inputs["labels"])
+        return masked_loss(plain.decoder, hidden[masked], labels[masked])
 
     return loss
 
@@ -86,7 +88,7 @@ def packed_loss(plain: PlainNeoBERT, batch: MaskedBatch) -> Callable[[], Tensor]
         for layer in plain.model["transformer_encoder"].children():
             x = x + attention(layer, layer.attention_norm(x))
             x = x + layer.ffn(layer.ffn_norm(x))
-        return labelled_loss(plain.decoder, plain.model["layer_norm"](x), batch.labels)
+        return masked_loss(plain.decoder, plain.model["layer_norm"](x)[batch.rows], batch.labels)
 
     return loss
 

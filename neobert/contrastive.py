@@ -322,7 +322,7 @@ def work(config: NeoBERTConfig, chunks: list[Chunk]) -> tuple[int, int]:
     forward pass computes again does not count."""
     lengths = torch.cat([chunk.packed.cu_seqlens.diff() for chunk in chunks]).long()
     tokens, squares = int(lengths.sum()), int(lengths.square().sum())
-    return tokens, 3 * forward_flop(config, tokens, squares, 0)
+    return tokens, 3 * forward_flop(config, tokens, squares)
 
 
 def keep_batch(path: Path, batch: PairBatch) -> None:

@@ -43,17 +43,25 @@ AHEAD = 2  # steps made ready in the background
 
 @dataclass(frozen=True)
 class MaskedBatch:
-    """Packed sequences and what to predict: labels (tokens,) int64, -100 where nothing."""
+    """Packed sequences and what to predict.
+
+    rows: (masked,) int64, the tokens to predict, ascending; labels: (masked,) int64, their ids.
+    """
 
     packed: PackedBatch
+    rows: Tensor
     labels: Tensor
 
     @property
     def num_masked(self) -> int:
-        return int((self.labels != IGNORE_INDEX).sum())
+        return len(self.rows)
 
     def to(self, device: torch.device | str) -> MaskedBatch:
-        return MaskedBatch(self.packed.to(device, True), self.labels.to(device, non_blocking=True))
+        return MaskedBatch(
+            self.packed.to(device, True),
+            self.rows.to(device, non_blocking=True),
+            self.labels.to(device, non_blocking=True),
+        )
 
     def pin_memory(self) -> MaskedBatch:
         """Copied to memory that a GPU reads while the host goes on."""
@@ -64,21 +72,25 @@ class MaskedBatch:
             p.cu_seqlens.pin_memory(),
             p.max_seqlen,
         )
-        return MaskedBatch(packed, self.labels.pin_memory())
+        return MaskedBatch(packed, self.rows.pin_memory(), self.labels.pin_memory())
 
     def inputs(self) -> dict[str, Any]:
-        """Arguments of `NeoBERTLMHead.forward`."""
+        """Arguments of `NeoBERTLMHead.forward`. What the model makes of tokens that are not
+        masked is not asked for."""
         return {
             "input_ids": self.packed.input_ids[None],
             "position_ids": self.packed.positions[None],
             "cu_seqlens": self.packed.cu_seqlens,
             "max_seqlen": self.packed.max_seqlen,
+            "tokens_to_keep": self.rows,
             "labels": self.labels[None],
         }
 
     def padded_inputs(self, pad_id: int) -> dict[str, Any]:
         """The same sequences as (sequences, longest) arrays with padding, for comparison."""
         lengths = self.packed.cu_seqlens.diff().tolist()
+        labels = torch.full_like(self.packed.input_ids, IGNORE_INDEX)
+        labels[self.rows] = self.labels
 
         def pad(x: Tensor, value: int) -> Tensor:
             rows = x.split(lengths)
@@ -86,8 +98,8 @@ class MaskedBatch:
 
         return {
             "input_ids": pad(self.packed.input_ids, pad_id),
-            "attention_mask": pad(torch.ones_like(self.labels), 0),
-            "labels": pad(self.labels, IGNORE_INDEX),
+            "attention_mask": pad(torch.ones_like(labels), 0),
+            "labels": pad(labels, IGNORE_INDEX),
         }
 
 
@@ -102,7 +114,9 @@ def masked(
     )
     whole = concatenate(packs)
     packed = PackedBatch(torch.cat(ids), whole.positions, whole.cu_seqlens, whole.max_seqlen)
-    return MaskedBatch(packed, torch.cat(labels))
+    to_predict = torch.cat(labels)
+    (rows,) = (to_predict != IGNORE_INDEX).nonzero(as_tuple=True)
+    return MaskedBatch(packed, rows, to_predict[rows])
 
 
 class Lane:

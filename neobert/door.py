@@ -73,8 +73,28 @@ def input_layout(
     return layout, pack_padded(position_ids.expand(shape), layout)
 
 
+def check_tokens_to_keep(
+    tokens_to_keep: Tensor, inputs: Tensor, packed: tuple[Tensor, int] | None
+) -> None:
+    if packed is None:
+        raise ValueError(
+            "tokens_to_keep counts packed tokens: it needs cu_seqlens and max_seqlen, and the input"
+            f" {tuple(inputs.shape)} came without"
+        )
+    if tokens_to_keep.dim() != 1 or tokens_to_keep.dtype != torch.int64:
+        raise ValueError(
+            "tokens_to_keep must be (kept,) int64 places of packed tokens, got "
+            f"{tuple(tokens_to_keep.shape)} {tokens_to_keep.dtype}"
+        )
+    if tokens_to_keep.device != inputs.device:
+        raise ValueError(
+            f"tokens_to_keep are on {tokens_to_keep.device} but the input is on {inputs.device}"
+        )
+
+
 def first_tokens(hidden: Tensor, attention_mask: Tensor | None, kwargs: dict) -> Tensor:
     """(sequences, dim): the first token of each, wherever padding put it; zeros if it has none."""
+    _refuse_tokens_to_keep(kwargs)
     packed = packed_boundaries(kwargs.get("cu_seqlens"), kwargs.get("max_seqlen"), kwargs)
     if packed is not None:
         return pool(hidden.flatten(0, 1), packed[0], "cls").to(hidden.dtype)
@@ -86,6 +106,7 @@ def first_tokens(hidden: Tensor, attention_mask: Tensor | None, kwargs: dict) ->
 
 def one_row_per_sequence(logits: Tensor, attention_mask: Tensor | None, kwargs: dict) -> Tensor:
     """(sequences, longest, …) with the dtype's lowest value where a sequence has no token."""
+    _refuse_tokens_to_keep(kwargs)
     packed = packed_boundaries(kwargs.get("cu_seqlens"), kwargs.get("max_seqlen"), kwargs)
     if packed is not None:
         cu_seqlens, max_seqlen = packed
@@ -98,6 +119,11 @@ def one_row_per_sequence(logits: Tensor, attention_mask: Tensor | None, kwargs: 
     else:
         return logits
     return logits.masked_fill(~keep.unsqueeze(-1), torch.finfo(logits.dtype).min)
+
+
+def _refuse_tokens_to_keep(kwargs: dict) -> None:
+    if kwargs.get("tokens_to_keep") is not None:
+        raise ValueError("tokens_to_keep: this head itself chooses the tokens that it reads")
 
 
 def _check_packed(inputs: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor) -> None:

@@ -183,13 +183,20 @@ class NeoBERTBlock(GradientCheckpointingLayer):
         positions: Tensor,
         cu_seqlens: Tensor,
         max_seqlen: int,
+        tokens_to_keep: Tensor | None = None,
     ) -> Tensor:
+        """tokens_to_keep: (kept,) int64; what lies after the attention is computed for these tokens
+        alone, and (kept, dim) returned."""
         modules: Any = self._modules
         qkv = project(modules["qkv"], norm(modules["attention_norm"], hidden))
         attended = rotary_attention_(
             qkv, self.heads, cos, sin, positions, cu_seqlens, max_seqlen, self.scale
         )
-        hidden = project(modules["wo"], attended.flatten(1), hidden)
+        attended = attended.flatten(1)
+        if tokens_to_keep is not None:
+            attended = attended.index_select(0, tokens_to_keep)
+            hidden = hidden.index_select(0, tokens_to_keep)
+        hidden = project(modules["wo"], attended, hidden)
         return modules["ffn"](norm(modules["ffn_norm"], hidden), hidden)
 
     def rotated_qkv(self, hidden: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:

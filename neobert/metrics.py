@@ -16,20 +16,26 @@ from tqdm.auto import tqdm
 
 from neobert.config import NeoBERTConfig
 from neobert.data import MaskedBatch
-from neobert.masking import IGNORE_INDEX
 
 METRICS, PLOT, WANDB_RUN = "metrics.jsonl", "loss.png", "wandb-run"
 UNIGRAMS = "validation_unigram_entropy"
 
 
-def forward_flop(config: NeoBERTConfig, tokens: int, squares: int, masked: int) -> int:
+def forward_flop(
+    config: NeoBERTConfig, tokens: int, squares: int, masked: int | None = None
+) -> int:
     """Floating-point operations of the model's matrix products and attention, forward.
 
-    squares: the sum of the squared sequence lengths. masked: tokens that have logits.
+    squares: the sum of the squared sequence lengths.
+    masked: of a masked-LM loss, the tokens that have logits: for them alone the last block goes on
+        after its attention. None: no logits, and every token to the end.
     """
     dim, width = config.hidden_size, config.swiglu_width
-    layer = 2 * tokens * (4 * dim * dim + 3 * dim * width) + 4 * dim * squares
-    return config.num_hidden_layers * layer + 2 * dim * config.vocab_size * masked
+    layers = config.num_hidden_layers
+    attention = layers * (2 * tokens * 3 * dim * dim + 4 * dim * squares)
+    to_the_end = tokens if masked is None else masked
+    after = ((layers - 1) * tokens + to_the_end) * 2 * (dim * dim + 3 * dim * width)
+    return attention + after + 2 * dim * config.vocab_size * (masked or 0)
 
 
 def training_flop(config: NeoBERTConfig, batches: list[MaskedBatch]) -> int:
@@ -58,7 +64,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 def unigram_entropy(batches: list[MaskedBatch], special_ids: tuple[int, ...]) -> float:
     """Entropy, nats per token, of the frequencies of the texts' own tokens: no model that ignores
     the context has a lower loss on them."""
-    ids = [torch.where(b.labels == IGNORE_INDEX, b.packed.input_ids, b.labels) for b in batches]
+    ids = [b.packed.input_ids.index_copy(0, b.rows, b.labels) for b in batches]
     counts = np.bincount(torch.cat(ids).numpy()).astype(float)
     counts[[i for i in special_ids if i < len(counts)]] = 0
     p = counts[counts > 0] / counts.sum()

@@ -32,7 +32,13 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from neobert.config import NeoBERTConfig
-from neobert.door import first_tokens, input_layout, one_row_per_sequence, packed_boundaries
+from neobert.door import (
+    check_tokens_to_keep,
+    first_tokens,
+    input_layout,
+    one_row_per_sequence,
+    packed_boundaries,
+)
 from neobert.layers import NeoBERTBlock, RMSNorm, RotaryTable, is_bare
 from neobert.packing import pack_padded, unpack_padded
 from neobert_kernels import linear_cross_entropy
@@ -144,6 +150,7 @@ class NeoBERT(NeoBERTPreTrainedModel):
         max_seqlen: int | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        tokens_to_keep: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutput:
         """Encode padded or packed sequences.
@@ -163,18 +170,22 @@ class NeoBERT(NeoBERTPreTrainedModel):
                 the outputs of all blocks, without the embedding and before the final norm.)
             output_attentions: also return each layer's attention probabilities, by a slow path
                 that holds (batch, heads, length, length) in memory.
+            tokens_to_keep: (kept,) int64, with packed input: the only tokens whose last hidden
+                state is wanted, in this order. What the last block does after its attention, three
+                quarters of its products, is then done for these alone.
 
         Anything else, as a tokenizer's token_type_ids, is ignored.
 
         Returns:
             BaseModelOutput with last_hidden_state (batch, length, hidden_size), zeros at padding;
-            packed, (1, tokens, hidden_size).
+            packed, (1, tokens, hidden_size), or (1, kept, hidden_size).
 
         Raises:
             ValueError: arguments that contradict one another; a sequence longer than
                 config.max_length; an attention_mask that is not a 2-D keep-mask; position_ids that
-                restart in a row whose sequences nothing else separates.
-            IndexError: a token id or a position outside its table (CPU).
+                restart in a row whose sequences nothing else separates; tokens_to_keep of another
+                shape or dtype, or beside padded input.
+            IndexError: a token id, a position or a token to keep outside its table (CPU).
         """
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         if inputs is None or (input_ids is not None and inputs_embeds is not None):
@@ -183,6 +194,8 @@ class NeoBERT(NeoBERTPreTrainedModel):
         layout, positions = input_layout(
             inputs, attention_mask, position_ids, packed, self.config.max_length
         )
+        if tokens_to_keep is not None:
+            check_tokens_to_keep(tokens_to_keep, inputs, packed)
         hidden = pack_padded(inputs, layout)
         if inputs_embeds is None:
             hidden = self.encoder(hidden)
@@ -194,13 +207,16 @@ class NeoBERT(NeoBERTPreTrainedModel):
 
         states, attentions = [], []
         rotary = self.rotary.cos, self.rotary.sin, positions
-        for block in self.transformer_encoder:
+        last = len(self.transformer_encoder) - 1
+        for number, block in enumerate(self.transformer_encoder):
             if output_hidden_states:
                 states.append(unpack_padded(hidden, layout))
             if output_attentions:
                 attentions.append(block.attention_probabilities(hidden, *rotary, layout))  # type: ignore[operator]
-            hidden = block(hidden, *rotary, layout.cu_seqlens, layout.max_seqlen)
-        hidden = unpack_padded(self.layer_norm(hidden), layout)
+            keep = tokens_to_keep if number == last else None
+            hidden = block(hidden, *rotary, layout.cu_seqlens, layout.max_seqlen, keep)
+        hidden = self.layer_norm(hidden)
+        hidden = hidden[None] if packed is not None else unpack_padded(hidden, layout)
         return BaseModelOutput(
             last_hidden_state=hidden,
             hidden_states=(*states, hidden) if output_hidden_states else None,
@@ -240,7 +256,8 @@ class NeoBERTLMHead(NeoBERTPreTrainedModel):
         """Logits, or with labels the loss.
 
         Args:
-            labels: (batch, length) int64, the id to predict or -100 for none; packed, (1, tokens).
+            labels: (batch, length) int64, the id to predict or -100 for none; packed, (1, tokens),
+                or with tokens_to_keep (1, kept).
             output_logits: whether to compute logits. By default they are made without labels; with
                 labels only the loss is, from labelled rows alone, and the logits of the others
                 never exist: `config.output_logits` changes this, for a Trainer whose
@@ -251,7 +268,7 @@ class NeoBERTLMHead(NeoBERTPreTrainedModel):
         Returns:
             MaskedLMOutput: loss, float32, the mean over labelled tokens (their sum over
             `num_items_in_batch` if that is given); logits (batch, length, vocab_size), or
-            (labelled tokens, vocab_size), or None.
+            (labelled tokens, vocab_size), or None; with tokens_to_keep, (1, kept, vocab_size).
         """
         output = self.model(
             input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs

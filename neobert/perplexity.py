@@ -5,7 +5,8 @@
 Each token of the text is masked once, alone, in a copy of its own; [CLS] and [SEP] are in every
 copy and never masked. So a text of n tokens is n sequences, and what they cost grows with n². They
 are live tokens all: copies of one document and of the next are packed end to end into batches of a
-token budget, and logits are made of the masked rows alone, one per sequence.
+token budget. Of each copy one row is asked for: for it alone the last block goes on after its
+attention, and logits are made.
 """
 
 from __future__ import annotations
@@ -225,13 +226,13 @@ class Scorer:
         whatever the model's dtype."""
         device = self.model.device
         batch = batch.to(device, non_blocking=True)
-        hidden = self.model.model(
+        logits = self.model(
             input_ids=batch.input_ids[None],
             position_ids=batch.positions[None],
             cu_seqlens=batch.cu_seqlens,
             max_seqlen=batch.max_seqlen,
-        ).last_hidden_state[0]
-        logits = self.model.decoder(hidden[rows.to(device)])
+            tokens_to_keep=rows.to(device, non_blocking=True),
+        ).logits[0]
         return F.cross_entropy(logits.float(), labels.to(device), reduction="none")
 
 

@@ -28,7 +28,7 @@ from neobert.corpus import open_texts, text_batches
 from neobert.data import Corpus, MaskedBatch, TrainingStream
 from neobert.engine import CONFIG, NonFiniteLossError, prepare, start_accelerator, whole
 from neobert.hub import HubPush
-from neobert.masking import IGNORE_INDEX, Masking
+from neobert.masking import Masking
 from neobert.metrics import (
     PLOT,
     UNIGRAMS,
@@ -307,9 +307,8 @@ def forward(
         )
     hits = torch.zeros(2, dtype=torch.float64, device=device)
     if measure:
-        labels = batch.labels[batch.labels != IGNORE_INDEX].to(device)
-        hits[0] = (out.logits.argmax(-1) == labels).sum()
-        hits[1] = len(labels)
+        hits[0] = (out.logits.argmax(-1) == moved.labels).sum()
+        hits[1] = batch.num_masked
     return out.loss, hits
 
 

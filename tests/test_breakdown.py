@@ -69,7 +69,7 @@ def test_the_flop_are_the_models(steps):
     tokens, forward = steps["forward"]
     lengths = cases.LENGTHS.lengths(cases.TEXTS["cpu"])
     squares = sum(length**2 for length in lengths)
-    expected = forward_flop(CONFIG, tokens, squares, 0)
+    expected = forward_flop(CONFIG, tokens, squares)
     ops = counted(forward)
     assert sum(work.flop for work in ops.values()) == expected
     of_attention = 2 * 4 * CONFIG.hidden_size * squares

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from neobert.breakdown.work import WorkCounter
 from neobert.checkpoint import write_random_checkpoint
 from neobert.model import (
     NeoBERTForQuestionAnswering,
@@ -110,6 +111,74 @@ def test_lm_loss_without_a_label(checkpoint, sequences):
     loss = model(ids, mask, labels=none, num_items_in_batch=50).loss
     loss.backward()
     assert loss == 0 and (model.decoder.weight.grad == 0).all()
+
+
+def test_tokens_to_keep_are_those_of_the_whole_output(checkpoint, sequences):
+    """Also twice the same one, in any order, or none; with all hidden states before the last."""
+    model = NeoBERTLMHead.from_pretrained(checkpoint)
+    packed = packed_arguments(sequences)
+    whole = model(**packed, output_hidden_states=True)
+    for keep in ([0, 102, 5, 6, 70, 5], []):
+        keep = torch.tensor(keep, dtype=torch.int64)
+        kept = model(**packed, tokens_to_keep=keep, output_hidden_states=True)
+        assert torch.equal(kept.logits, whole.logits[:, keep])
+        assert torch.equal(kept.hidden_states[-1], whole.hidden_states[-1][:, keep])
+        pairs = zip(kept.hidden_states[:-1], whole.hidden_states[:-1], strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_lm_loss_of_the_kept_tokens(checkpoint, sequences):
+    """The loss and all gradients are those of labels that are -100 elsewhere."""
+    packed = packed_arguments(sequences)
+    keep = torch.tensor([0, 5, 6, 70, 102])
+    labels = torch.full_like(packed["input_ids"], -100)
+    labels[0, keep] = packed["input_ids"][0, keep]
+    results = []
+    for arguments in ({"labels": labels}, {"labels": labels[:, keep], "tokens_to_keep": keep}):
+        model = NeoBERTLMHead.from_pretrained(checkpoint)
+        loss = model(**packed, **arguments).loss
+        loss.backward()
+        results.append((loss, {name: p.grad for name, p in model.named_parameters()}))
+    (loss, gradients), (kept_loss, kept_gradients) = results
+    assert torch.equal(loss, kept_loss)
+    for name, gradient in gradients.items():
+        assert (kept_gradients[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+
+
+@torch.no_grad()
+def test_tokens_to_keep_save_the_work_of_the_others(checkpoint):
+    model = NeoBERTLMHead.from_pretrained(checkpoint)
+    packed = packed_arguments(random_sequences([400, 400]))
+
+    def multiplied(**arguments):
+        with WorkCounter() as counter:
+            model.model(**packed, **arguments)
+        return sum(work.flop for name, work in counter.ops.items() if "linear" in name)
+
+    kept = multiplied(tokens_to_keep=torch.tensor([3, 500]))
+    config = model.config
+    width, dim = config.swiglu_width, config.hidden_size
+    assert multiplied() - kept == 798 * 2 * (dim * dim + 3 * dim * width)
+
+
+@torch.no_grad()
+def test_tokens_to_keep_are_checked(checkpoint, sequences):
+    model, packed = NeoBERTLMHead.from_pretrained(checkpoint), packed_arguments(sequences)
+    ids, mask = pad(sequences, "right")
+    keep = torch.tensor([0, 5])
+    with pytest.raises(ValueError, match=r"tokens_to_keep .* needs cu_seqlens .*\(4, 66\)"):
+        model(ids, mask, tokens_to_keep=keep)
+    for wrong in (keep[None], keep.int(), torch.zeros(103, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=r"tokens_to_keep must be \(kept,\) int64"):
+            model(**packed, tokens_to_keep=wrong)
+    with pytest.raises(IndexError):
+        model(**packed, tokens_to_keep=torch.tensor([103]))
+    with pytest.raises(ValueError, match=r"labels must be \(1, 2\).* got \(1, 103\)"):
+        model(**packed, tokens_to_keep=keep, labels=packed["input_ids"])
+    for head in (NeoBERTForSequenceClassification, NeoBERTForQuestionAnswering):
+        model = head.from_pretrained(checkpoint)
+        with pytest.raises(ValueError, match="tokens_to_keep: this head itself chooses"):
+            model(**packed, tokens_to_keep=keep)
 
 
 @torch.no_grad()

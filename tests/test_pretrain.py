@@ -12,7 +12,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from neobert.checkpoint import released_shapes, write_random_checkpoint
 from neobert.data import MaskedBatch
-from neobert.masking import Masking
+from neobert.masking import IGNORE_INDEX, Masking
 from neobert.metrics import forward_flop
 from neobert.model import NeoBERTConfig, NeoBERTLMHead
 from neobert.packing import PackedBatch, pack
@@ -46,9 +46,9 @@ def batch():
     torch.manual_seed(0)
     packed = pack(random_sequences(LENGTHS, vocab=500))
     ids, labels = Masking(4, (0, 1, 2, 3, 4), 500)(packed.input_ids, 0, 0)
-    return MaskedBatch(
-        PackedBatch(ids, packed.positions, packed.cu_seqlens, packed.max_seqlen), labels
-    )
+    packed = PackedBatch(ids, packed.positions, packed.cu_seqlens, packed.max_seqlen)
+    (rows,) = (labels != IGNORE_INDEX).nonzero(as_tuple=True)
+    return MaskedBatch(packed, rows, labels[rows])
 
 
 def loss_and_gradients(checkpoint, inputs):
@@ -229,9 +229,13 @@ def test_a_finished_run_does_nothing(finished):
 def test_forward_flop_of_the_released_model():
     """DESIGN's figures: 396.4 MFLOP per token in GEMMs, 86,016 S in attention, and the head's."""
     config = NeoBERTConfig()
-    assert forward_flop(config, 1000, 0, 0) / 1000 == pytest.approx(396.4e6, rel=1e-3)
-    assert forward_flop(config, 512, 512**2, 0) - forward_flop(config, 512, 0, 0) == 86016 * 512**2
-    assert forward_flop(config, 0, 0, 1) == 2 * 768 * 30522
+    assert forward_flop(config, 1000, 0) / 1000 == pytest.approx(396.4e6, rel=1e-3)
+    assert forward_flop(config, 512, 512**2) - forward_flop(config, 512, 0) == 86016 * 512**2
+    assert forward_flop(config, 0, 0, 0) == 0
+    # A masked token: its logits, and what follows the attention in the last block.
+    after = 2 * (768 * 768 + 3 * 768 * 2048)
+    assert forward_flop(config, 0, 0, 1) == 2 * 768 * 30522 + after
+    assert forward_flop(config, 10, 0) - forward_flop(config, 10, 0, 0) == 10 * after
 
 
 @pytest.mark.parametrize("option", ["padded", "gradient_checkpointing"])
