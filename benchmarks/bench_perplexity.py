@@ -1,6 +1,6 @@
 """Pseudo-perplexity of a document of 128 tokens: 126 copies of it, each with one token masked.
 
-Full-size NeoBERT, random weights. Against the definition as it is written down, a copy at a time
+Full-size NeoBERT, and the `tiny` preset of pre-training, random weights. Against the definition as it is written down, a copy at a time
 with whole logits, in plain PyTorch and with our own model; and in plain PyTorch with all copies in
 batches of 32, which are of one length and need no padding. Every copy costs the same, so the naive
 ways compute some of them and are scaled up. In each round every method runs once, one after the
@@ -17,21 +17,26 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from neobert import recipes
 from neobert.checkpoint import write_random_checkpoint
+from neobert.config import NeoBERTConfig
 from neobert.docstrings import standard_library_docstrings
 from neobert.model import NeoBERTLMHead
 from neobert.perplexity import Document, Scorer
 from neobert.plain import PlainNeoBERT
 from neobert.wordpiece import train_tokenizer
 
-TOKENS, BATCH, ONE_BY_ONE, ROUNDS = 128, 32, 12, 3
+TOKENS, BATCH = 128, 32
+# The model's shape, how many copies the slowest way computes, and rounds.
+MODELS = {"full": (NeoBERTConfig(), 12, 3), "tiny": (recipes.tiny().model_config(), 126, 15)}
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+@pytest.fixture(scope="module", params=MODELS)
+def checkpoint(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("neobert")
-    train_tokenizer(standard_library_docstrings()).save_pretrained(folder)
-    return write_random_checkpoint(folder, outliers=False)
+    config, copies, rounds = MODELS[request.param]
+    train_tokenizer(standard_library_docstrings(), config.vocab_size).save_pretrained(folder)
+    return write_random_checkpoint(folder, config, outliers=False), copies, rounds
 
 
 def masked_copies(document: Document, mask_id: int) -> tuple[Tensor, Tensor]:
@@ -75,12 +80,13 @@ def plain_logits(plain: PlainNeoBERT) -> Callable[[Tensor], Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @torch.inference_mode()
 def test_document(benchmark, checkpoint, dtype):
+    checkpoint, copies, rounds = checkpoint
     scorer = Scorer.from_pretrained(checkpoint, "cpu", dtype, max_length=TOKENS)
     model: NeoBERTLMHead = scorer.model
     plain, mask_id = plain_logits(PlainNeoBERT.load(checkpoint, dtype)), scorer.mask_id
     (document,), _ = scorer.documents([" ".join(standard_library_docstrings()[:99])], "docstrings")
     assert len(document.ids) == TOKENS and len(document.places) == TOKENS - 2
-    few, some = cut(document, ONE_BY_ONE), cut(document, BATCH)
+    few, some = cut(document, copies), cut(document, max(copies, BATCH))
 
     methods: dict[str, tuple[Document, Callable[[], Tensor]]] = {
         "plain, a copy at a time": (few, lambda: in_batches(plain, few, mask_id, 1)),
@@ -104,7 +110,7 @@ def test_document(benchmark, checkpoint, dtype):
             scale = len(document.places) / len(part.places)
             seconds[name].append(scale * (time.perf_counter() - start))
 
-    benchmark.pedantic(lambda: list(scorer([document])), setup=others, rounds=ROUNDS)
+    benchmark.pedantic(lambda: list(scorer([document])), setup=others, rounds=rounds)
     if benchmark.stats is None:  # --benchmark-disable
         return
     ours = benchmark.stats.stats.median
