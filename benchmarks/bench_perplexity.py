@@ -1,10 +1,10 @@
 """Pseudo-perplexity of a document of 128 tokens: 126 copies of it, each with one token masked.
 
-Full-size NeoBERT, and the `tiny` preset of pre-training, random weights. Against the definition as it is written down, a copy at a time
-with whole logits, in plain PyTorch and with our own model; and in plain PyTorch with all copies in
-batches of 32, which are of one length and need no padding. Every copy costs the same, so the naive
-ways compute some of them and are scaled up. In each round every method runs once, one after the
-other; figures are medians over rounds.
+Full-size NeoBERT, and the `tiny` preset of pre-training; random weights. Against the definition as
+it is written down, a copy at a time with whole logits, in plain PyTorch and with our own model; and
+in plain PyTorch with all copies in batches of 32, which are of one length and need no padding. All
+copies cost the same, so of the full size the naive ways compute some of them and are scaled up. In
+each round every method runs once, one after the other; figures are medians over rounds.
 """
 
 import statistics

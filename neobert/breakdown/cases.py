@@ -10,7 +10,7 @@ from torch import Tensor
 
 from neobert.breakdown.measure import Step
 from neobert.config import NeoBERTConfig
-from neobert.masking import IGNORE_INDEX
+from neobert.data import MaskedBatch
 from neobert.model import NeoBERT, NeoBERTLMHead
 from neobert.packing import PackedBatch, pack
 from neobert.throughput.workloads import QUERY, Workload
@@ -40,10 +40,10 @@ def cases(
         yield what, sum(each), lambda batch=batch: embed(encoder, batch)  # type: ignore[misc]
     model.float().train()
     packed = random_batch(lengths, config.vocab_size).to(device)
-    masked = torch.rand(packed.num_tokens, device=device) < MASKED
-    labels = torch.where(masked, packed.input_ids, IGNORE_INDEX)
+    (rows,) = (torch.rand(packed.num_tokens, device=device) < MASKED).nonzero(as_tuple=True)
+    masked = MaskedBatch(packed, rows, packed.input_ids[rows])
     low = None if dtype == torch.float32 else dtype
-    yield "forward and backward", sum(lengths), lambda: train(model, packed, labels, low)
+    yield "forward and backward", sum(lengths), lambda: train(model, masked, low)
 
 
 def random_batch(lengths: list[int], vocab_size: int) -> PackedBatch:
@@ -51,26 +51,21 @@ def random_batch(lengths: list[int], vocab_size: int) -> PackedBatch:
     return pack([torch.randint(first, vocab_size, (length,)).tolist() for length in lengths])
 
 
-def inputs(batch: PackedBatch) -> dict[str, Any]:
-    return {
-        "input_ids": batch.input_ids[None],
-        "position_ids": batch.positions[None],
-        "cu_seqlens": batch.cu_seqlens,
-        "max_seqlen": batch.max_seqlen,
-    }
-
-
 @torch.inference_mode()
 def embed(encoder: NeoBERT, batch: PackedBatch) -> Tensor:
     """(sequences, dim) as `Encoder` computes them."""
-    return pool(encoder(**inputs(batch)).last_hidden_state[0], batch.cu_seqlens)
+    hidden = encoder(
+        input_ids=batch.input_ids[None],
+        position_ids=batch.positions[None],
+        cu_seqlens=batch.cu_seqlens,
+        max_seqlen=batch.max_seqlen,
+    ).last_hidden_state[0]
+    return pool(hidden, batch.cu_seqlens)
 
 
-def train(
-    model: NeoBERTLMHead, batch: PackedBatch, labels: Tensor, autocast: torch.dtype | None
-) -> None:
+def train(model: NeoBERTLMHead, batch: MaskedBatch, autocast: torch.dtype | None) -> None:
     """Forward and backward. Clipping and the optimizer are PyTorch's."""
-    with torch.autocast(labels.device.type, autocast, enabled=autocast is not None):
-        loss = model(**inputs(batch), labels=labels[None]).loss
+    with torch.autocast(batch.rows.device.type, autocast, enabled=autocast is not None):
+        loss = model(**batch.inputs()).loss
     loss.backward()
     model.zero_grad()
