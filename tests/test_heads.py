@@ -114,15 +114,16 @@ def test_lm_loss_without_a_label(checkpoint, sequences):
 
 
 def test_tokens_to_keep_are_those_of_the_whole_output(checkpoint, sequences):
-    """Also twice the same one, in any order, or none; with all hidden states before the last."""
+    """Also twice the same one, in any order, or none; with all hidden states before the last. To
+    rounding: a matrix product's library may sum few rows in another order than many."""
     model = NeoBERTLMHead.from_pretrained(checkpoint)
     packed = packed_arguments(sequences)
     whole = model(**packed, output_hidden_states=True)
     for keep in ([0, 102, 5, 6, 70, 5], []):
         keep = torch.tensor(keep, dtype=torch.int64)
         kept = model(**packed, tokens_to_keep=keep, output_hidden_states=True)
-        assert torch.equal(kept.logits, whole.logits[:, keep])
-        assert torch.equal(kept.hidden_states[-1], whole.hidden_states[-1][:, keep])
+        assert close(kept.logits, whole.logits[:, keep])
+        assert close(kept.hidden_states[-1], whole.hidden_states[-1][:, keep])
         pairs = zip(kept.hidden_states[:-1], whole.hidden_states[:-1], strict=True)
         assert all(torch.equal(a, b) for a, b in pairs)
 

@@ -280,7 +280,7 @@ def test_a_planted_wait_is_caught(no_values, monkeypatch, wait):
         (run_encoder, neobert.door, "restarting_positions"),
         (run_encoder, neobert.layers, "project"),
         (run_training_step, neobert.layers, "project"),
-        (run_training_step, neobert.model, "unpack_padded"),
+        (run_training_step, neobert.model, "linear_cross_entropy"),
     ],
 )
 def test_a_wait_planted_in_the_model_is_caught(no_values, monkeypatch, path, module, place, wait):
