@@ -14,7 +14,7 @@ import json
 import math
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ from neobert.signals import stop_signals
 RESULT, MODEL, BEST = "result.json", "model", "best.safetensors"
 
 # As in pre-training: of anything else a change would make it another run.
-MAY_CHANGE = {"output", "max_tokens", "padded", "log_every", "save_every", "tensorboard"}
+MAY_CHANGE = {"output", "evaluation", "max_tokens", "padded", "log_every", "save_every",
+              "tensorboard"}  # fmt: skip
 
 
 @dataclass
@@ -130,11 +131,11 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     if resume_from:
         model = NeoBERTForSequenceClassification.from_pretrained(resume_from, dtype=torch.float32)
     else:
-        model = load_model(config.model, task)
-    tokenizer = AutoTokenizer.from_pretrained(resume_from or config.model)
+        model = load_model(config.checkpoint, task)
+    tokenizer = AutoTokenizer.from_pretrained(resume_from or config.checkpoint)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
-            f"{config.model} has a tokenizer of {len(tokenizer)} ids and a model of "
+            f"{config.checkpoint} has a tokenizer of {len(tokenizer)} ids and a model of "
             f"{model.config.vocab_size}"
         )
     max_length = min(config.max_length, model.config.max_length)
@@ -169,7 +170,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     metrics.say(
         f"{task.name}: {len(train):,} examples, {epoch_steps:,} steps of {config.batch_size} an "
         f"epoch, an evaluation every {interval}; lr {config.lr:g}, weight decay "
-        f"{config.weight_decay:g}, from {config.model}"
+        f"{config.weight_decay:g}, from {config.checkpoint}"
     )
     result = FinetuneResult(task.name)
     epoch = -1
@@ -308,5 +309,6 @@ def save_model(
 
 
 def load_result(output: Path) -> FinetuneResult:
-    """That of a finished run."""
-    return FinetuneResult(**json.loads((output / RESULT).read_text()))
+    """That of a finished run, whose folder may have been moved since."""
+    result = FinetuneResult(**json.loads((output / RESULT).read_text()))
+    return result if result.model is None else replace(result, model=str(output / MODEL))

@@ -82,6 +82,8 @@ class FinetuneConfig(FinetuneSettings):
     task: as GLUE or the hub calls it. data: see `read_examples`.
     model: checkpoint directory or hub repository, tokenizer included. Of a fine-tuned one all but
         the last layer is taken, which is always new.
+    evaluation: folder of an evaluation that `model` is a path within, as that of its MNLI run: the
+        folder may be moved, and its runs go on.
     batch_size: examples in a step.
     """
 
@@ -89,6 +91,7 @@ class FinetuneConfig(FinetuneSettings):
     task: str = "???"
     data: str = HUB
     model: str = "chandar-lab/NeoBERT"
+    evaluation: str | None = None
     batch_size: int = 16
     lr: float = 1e-5
     weight_decay: float = 1e-2
@@ -98,6 +101,11 @@ class FinetuneConfig(FinetuneSettings):
         at_least(self, 1, "batch_size")
         if self.task != "???":  # not given yet
             self.task = find_task(self.task).name
+
+    @property
+    def checkpoint(self) -> str:
+        """What `from_pretrained` takes: `model`, wherever its evaluation is now."""
+        return self.model if self.evaluation is None else str(Path(self.evaluation) / self.model)
 
     def evaluation_interval(self, batches: int) -> int:
         """Steps between evaluations, at least 1; batches: of an epoch."""
@@ -162,10 +170,10 @@ class GlueConfig(FinetuneSettings):
         given = {name: getattr(self, name) for name in POINT if getattr(self, name) is not None}
         return [best | given]
 
-    def run(self, task: str, model: str, output: Path, point: dict[str, Any]) -> FinetuneConfig:
-        """The configuration of one of those runs, from the checkpoint `model`."""
+    def run(
+        self, task: str, origin: dict[str, str], output: Path, point: dict[str, Any]
+    ) -> FinetuneConfig:
+        """The configuration of one of those runs; origin: its `model`, and `evaluation` if any."""
         names = [each.name for each in dataclasses.fields(FinetuneSettings)]
-        settings = {name: getattr(self, name) for name in names} | point
-        return FinetuneConfig(
-            output=str(output), task=task, data=self.data, model=model, **settings
-        )
+        settings = {name: getattr(self, name) for name in names} | origin | point
+        return FinetuneConfig(output=str(output), task=task, data=self.data, **settings)

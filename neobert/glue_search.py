@@ -8,7 +8,7 @@ Started again it goes on: finished runs are read, the interrupted one continues 
 Of all runs on a task only the best keeps its weights. Processes may share an output if each has
 tasks of its own, or a part of the grid: with the whole grid a last one compares what they did. With
 transfer, MNLI's whole grid must be compared so before another task begins. An output is of one
-model: it holds the settings it was begun with, and refuses others.
+model: it holds the settings it was begun with, and refuses others. It may be moved.
 """
 
 from __future__ import annotations
@@ -82,22 +82,23 @@ def glue(config: GlueConfig) -> GlueResult:
     return GlueResult(best_runs(output), signum)
 
 
-def start(config: GlueConfig, task: str) -> str:
-    """The checkpoint that the runs on a task start from."""
+def start(config: GlueConfig, task: str) -> dict[str, str]:
+    """The checkpoint that the runs on a task start from, as settings of a `FinetuneConfig`."""
     if not config.transfer or task not in TRANSFER_TO:
-        return config.model
+        return {"model": config.model}
     folder = Path(config.output) / TRANSFER_FROM
     if not (folder / BEST).exists():
         raise ValueError(
             f"{task} starts from the best run on {TRANSFER_FROM}, and {folder} has none: add "
             f"{TRANSFER_FROM} to tasks, or set transfer=false"
         )
-    return str(folder / json.loads((folder / BEST).read_text())["run"] / MODEL)
+    best = best_runs(Path(config.output))[TRANSFER_FROM]["run"]
+    return {"model": f"{TRANSFER_FROM}/{best}/{MODEL}", "evaluation": config.output}
 
 
-def run_task(config: GlueConfig, task: str, model: str) -> int | None:
-    """All runs on a task, and best.json of the best, of equal ones the first; or a signal's number
-    if one came."""
+def run_task(config: GlueConfig, task: str, origin: dict[str, str]) -> int | None:
+    """All runs on a task from the checkpoint `origin`, and best.json of the best, of equal ones the
+    first; or a signal's number if one came."""
     folder = Path(config.output) / task
     points = config.points(task)
     best: dict[str, Any] | None = best_runs(Path(config.output)).get(task)
@@ -105,7 +106,7 @@ def run_task(config: GlueConfig, task: str, model: str) -> int | None:
         best = None  # it is compared below, in its place
     for point in points:
         name = run_name(point)
-        run = config.run(task, model, folder / name, point)
+        run = config.run(task, origin, folder / name, point)
         result = finetune_or_note(run) if config.search else finetune(run)
         if result.signum:
             return result.signum
@@ -136,8 +137,13 @@ def finetune_or_note(run: FinetuneConfig) -> FinetuneResult:
 
 
 def best_runs(output: Path) -> dict[str, dict[str, Any]]:
-    files = {name: output / name / BEST for name in NAMES}
-    return {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+    """What best.json says of each task that has one, with its model where `output` is now."""
+    found = {}
+    for name in NAMES:
+        if (file := output / name / BEST).exists():
+            found[name] = json.loads(file.read_text())
+            found[name]["model"] = str(file.parent / found[name]["run"] / MODEL)
+    return found
 
 
 def write_results(output: Path, model: str) -> None:

@@ -1,6 +1,7 @@
 """GLUE as a whole: the search and its resumption, MNLI transfer, Table 3's row, the command."""
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from omegaconf import OmegaConf
 from typer.testing import CliRunner
 
 from neobert.cli import app
-from neobert.glue_recipes import TABLE_6, GlueConfig, Grid
+from neobert.glue_recipes import TABLE_6, FinetuneConfig, GlueConfig, Grid
 from neobert.glue_search import PAPER, GlueResult, glue, start, table
 from neobert.glue_tasks import TASKS
 from neobert.metrics import Metrics
@@ -75,13 +76,15 @@ def test_the_best_of_the_grid(searched):
 
 def test_rte_starts_from_the_best_mnli_run(searched, model):
     output = Path(searched[0].output)
-    models = {
-        task: {yaml.safe_load((output / task / run / "config.yaml").read_text())["model"]
-               for run in RUNS}
-        for task in ("MNLI", "RTE")
-    }  # fmt: skip
+    starts = {task: [] for task in ("MNLI", "RTE")}
+    for task, run in itertools.product(starts, RUNS):
+        saved = yaml.safe_load((output / task / run / "config.yaml").read_text())
+        starts[task].append((saved["model"], saved["evaluation"]))
     best = searched[1].runs["MNLI"]["run"]
-    assert models == {"MNLI": {str(model)}, "RTE": {str(output / "MNLI" / best / "model")}}
+    assert set(starts["MNLI"]) == {(str(model), None)}
+    assert set(starts["RTE"]) == {(f"MNLI/{best}/model", str(output))}
+    settings = FinetuneConfig(model=f"MNLI/{best}/model", evaluation=str(output))
+    assert settings.checkpoint == searched[1].runs["MNLI"]["model"]
 
 
 def test_a_stopped_search_goes_on_where_it_was(searched, model, data, tmp_path, monkeypatch):
@@ -108,13 +111,31 @@ def test_a_stopped_search_goes_on_where_it_was(searched, model, data, tmp_path, 
         assert [path.parent.name for path in kept] == [result.runs[task]["run"]]
 
 
+def test_a_moved_evaluation_goes_on(searched, model, data, tmp_path, monkeypatch):
+    first = Path(shutil.copytree(searched[0].output, tmp_path / "first"))
+    shutil.rmtree(first / "RTE")
+    with monkeypatch.context() as patch:  # within RTE's second run
+        patch.setattr(Metrics, "advance", after(17, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        assert glue(glue_settings(model, data, first, **SEARCH)).signum == signal.SIGTERM
+    first.rename(tmp_path / "second")
+    result = glue(glue_settings(model, data, tmp_path / "second", **SEARCH))
+    assert results(tmp_path / "second") == results(searched[0].output)
+    monkeypatch.chdir(tmp_path)  # by another path, everything is found finished
+    again = glue(glue_settings(model, data, Path("second"), **SEARCH))
+    for task, run in result.runs.items():
+        folder = f"second/{task}/{run['run']}/model"
+        assert (run["model"], again.runs[task]["model"]) == (str(tmp_path / folder), folder)
+        assert Path(folder, "config.json").exists()
+
+
 def test_a_part_of_the_grid_keeps_a_better_best(searched, model, data, tmp_path):
     output = shutil.copytree(searched[0].output, tmp_path / "copy")
     before = searched[1].runs["MNLI"]
     worse = next(run for run in RUNS if run != before["run"])
     part = SEARCH | {"tasks": "[MNLI]", "grid__lr": f"[{worse.split('_')[1][3:]}]"}
-    assert glue(glue_settings(model, data, output, **part)).runs["MNLI"] == before
-    assert (output / "MNLI" / before["run"] / "model").exists()
+    kept = Path(output, "MNLI", before["run"], "model")
+    best = glue(glue_settings(model, data, output, **part)).runs["MNLI"]
+    assert best == before | {"model": str(kept)} and kept.exists()
 
 
 def test_an_output_is_of_one_model(searched, data, tmp_path):
@@ -141,7 +162,7 @@ def test_without_a_search_a_task_has_table_6s_settings():
     assert config.tasks == ["CoLA", "STS-B"]
     (point,) = config.points("CoLA")
     assert point == {"batch_size": 8, "lr": 8e-6, "weight_decay": 1e-5}
-    run = config.run("CoLA", "m", Path("r"), point)
+    run = config.run("CoLA", {"model": "m"}, Path("r"), point)
     assert (run.task, run.model, run.output, run.lr, run.seed) == ("CoLA", "m", "r", 8e-6, 3)
     assert (run.epochs, run.patience, run.evaluation_interval(10_000)) == (10, 15, 500)
     config = load(GlueConfig, {}, overrides=["output=x", "lr=1e-4"])
@@ -178,8 +199,8 @@ def test_transfer_needs_mnli(tmp_path):
     config = load(GlueConfig, {}, overrides=[f"output={tmp_path}", "model=m"])
     with pytest.raises(ValueError, match=r"RTE starts from the best run on MNLI, and .* has none"):
         start(config, "RTE")
-    assert start(config, "CoLA") == "m"
-    assert start(dataclasses.replace(config, transfer=False), "RTE") == "m"
+    assert start(config, "CoLA") == {"model": "m"}
+    assert start(dataclasses.replace(config, transfer=False), "RTE") == {"model": "m"}
 
 
 def test_the_row_of_table_3():
