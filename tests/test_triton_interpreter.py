@@ -13,20 +13,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from interpreted.mutations import MUTATIONS
+
+from tests.interpreted.mutations import MUTATIONS
 
 pytest.importorskip("triton", reason="Triton is not installed (Linux only)")
 
 FOLDER = Path(__file__).parent / "interpreted"
+BROKEN = FOLDER / "mutations"
 CHECKS = sorted(FOLDER.glob("check_*.py"))
 NAMES = [f"{mutation.op}: {mutation.what}" for mutation in MUTATIONS]
 
 
 @pytest.fixture(scope="module")
 def outcomes():
-    """Of every file of checks, and of mutations.py: its exit status and what it printed."""
-    mutations = FOLDER / "mutations.py"
-    commands = {mutations: [sys.executable, str(mutations)]} | {
+    """Of every file of checks, and of the mutations: its exit status and what it printed."""
+    commands = {BROKEN: [sys.executable, "-m", "tests.interpreted.mutations"]} | {
         path: [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", path]
         for path in CHECKS
     }
@@ -64,7 +65,7 @@ def test_every_kernel_file_has_checks_and_mutations():
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=NAMES)
 def test_a_broken_kernel_is_caught(outcomes, mutation):
-    code, results, output = outcomes[FOLDER / "mutations.py"]
+    code, results, output = outcomes[BROKEN]
     if code:
         pytest.fail(output, pytrace=False)
     failure = json.loads(results)[f"{mutation.op}: {mutation.what}"]

@@ -1,0 +1,81 @@
+from .mutation import Mutation
+
+MUTATIONS = [
+    Mutation(
+        "cross_entropy",
+        "last chunk dropped",
+        "range(0, tokens, max(chunk, 1))",
+        "range(0, tokens - chunk, max(chunk, 1))",
+        "test_loss_and_gradients",
+    ),
+    Mutation(
+        "cross_entropy",
+        "dweight of the last chunk alone",
+        "logits, x, count, dweight, start, size, FIRST=start == 0",
+        "logits, x, count, dweight, start, size, FIRST=True",
+        "test_loss_and_gradients",
+    ),
+    Mutation(
+        "cross_entropy",
+        "a part of the vocabulary dropped from dhidden",
+        "tl.static_range(SPLITS)",
+        "tl.static_range(SPLITS - 1)",
+        "test_loss_and_gradients",
+    ),
+    Mutation(
+        "cross_entropy",
+        "padding counted in the softmax",
+        'rounded.to(tl.float32), float("-inf"))',
+        "rounded.to(tl.float32), 0.0)",
+        "test_loss_and_gradients",
+    ),
+    Mutation(
+        "cross_entropy",
+        "gradient in the padding",
+        "gradient = tl.where(column < VOCAB, gradient, 0.0)",
+        "gradient = gradient",
+        "test_loss_and_gradients",
+    ),
+    Mutation(
+        "cross_entropy",
+        "rows that are not there counted in dweight",
+        "PADDED, DIM, live, live,",
+        "PADDED, DIM, size, size,",
+        "test_loss_and_gradients",
+    ),
+    Mutation(
+        "cross_entropy",
+        "mean over the chunk",
+        "total /= tl.maximum(count, 1)",
+        "total /= tl.maximum(size, 1)",
+        "test_loss_and_gradients",
+    ),
+    Mutation(
+        "cross_entropy",
+        "one-hot of the neighbour",
+        "tl.where(column == label[:, None]",
+        "tl.where(column == label[:, None] + 1",
+        "test_loss_and_gradients",
+    ),
+    Mutation(
+        "cross_entropy",
+        "log-sum-exp of logits before rounding",
+        "rounded.to(tl.float32), float(",
+        "logits, float(",
+        "test_confident_predictions_have_tiny_gradients",
+    ),
+    Mutation(
+        "cross_entropy",
+        "a tile of forbidden words is NaN",
+        "tl.maximum(tl.max(logits, 1), -3.0e38)",
+        "tl.max(logits, 1)",
+        "test_a_forbidden_word",
+    ),
+    Mutation(
+        "cross_entropy",
+        "label outside the vocabulary unseen",
+        'tl.where(is_token, total, float("nan"))',
+        "total",
+        "test_a_label_outside_the_vocabulary_makes_the_loss_nan",
+    ),
+]  # fmt: skip
