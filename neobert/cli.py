@@ -6,7 +6,6 @@ import platform
 import sys
 import warnings
 from contextlib import closing
-from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +15,19 @@ import typer
 from transformers.utils.logging import disable_progress_bar
 
 from neobert import cli_eval, cli_search, cli_train
+from neobert.cli_options import (
+    BY_DEVICE,
+    Device,
+    Dtype,
+    DtypeName,
+    Input,
+    InputField,
+    MaxLength,
+    MaxTokens,
+    PoolingName,
+    Progress,
+    fail,
+)
 from neobert.encode import Encoder, TruncationWarning
 from neobert.files import NpyWriter, count_lines, read_texts
 from neobert.memory import keep_freed_memory
@@ -38,71 +50,34 @@ app.command()(cli_search.search)
 app.add_typer(cli_eval.app, name="eval")
 
 
-class Pooling(str, Enum):
-    mean = "mean"
-    cls = "cls"
-
-
-class Dtype(str, Enum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
 @app.command()
 def encode(
     model: Annotated[
         str, typer.Option(help="Checkpoint directory or hub repository, e.g. chandar-lab/NeoBERT.")
     ],
-    input: Annotated[
-        str, typer.Option(help="File with one text per line, or JSONL with --field; - is stdin.")
-    ],
+    input: Input,
     output: Annotated[
         Path, typer.Option(dir_okay=False, help="The .npy file to write: row i embeds line i.")
     ],
-    field: Annotated[
-        str | None, typer.Option(help="Read JSONL: the field of each object that holds the text.")
-    ] = None,
+    field: InputField = None,
     pooling: Annotated[
-        Pooling, typer.Option(help="Mean over a text's tokens, or its first token.")
-    ] = Pooling.mean,
+        PoolingName, typer.Option(help="Mean over a text's tokens, or its first token.")
+    ] = PoolingName.mean,
     normalize: Annotated[
         bool, typer.Option("--normalize", help="Scale each embedding to length 1.")
     ] = False,
     prompt: Annotated[str | None, typer.Option(help="Put before every text.")] = None,
-    max_length: Annotated[
-        int | None,
-        typer.Option(
-            help="Most tokens of a text; the rest is cut off.", show_default="the model's, 4096"
-        ),
-    ] = None,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(help="Most tokens computed at once. [default: 2048 on a CPU, 32768 on a GPU]"),
-    ] = None,
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(
-            help="Of the weights and activations.",
-            show_default="float32 on a CPU, bfloat16 on a GPU",
-        ),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda or cuda:1.", show_default="the GPU if there is one"),
-    ] = None,
+    max_length: MaxLength = None,
+    max_tokens: MaxTokens = None,
+    dtype: Dtype = None,
+    device: Device = None,
     batch_invariant: Annotated[
         bool,
         typer.Option(
             "--batch-invariant", help="The same text gets the same bits in any batch and order."
         ),
     ] = False,
-    progress: Annotated[
-        bool | None,
-        typer.Option(
-            help="Progress bar with live tokens per second.", show_default="on a terminal"
-        ),
-    ] = None,
+    progress: Progress = None,
 ) -> None:
     """Embed every line of a file; write (lines, dim) float32 as .npy.
 
@@ -142,8 +117,7 @@ def encode(
         typer.echo(f"{stopped}: stopped, {output} not written", err=True)
         raise typer.Exit(stopped.exit_code) from None
     except (ValueError, OSError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from error
+        raise fail(error) from error
     stats = encoder.stats
     typer.echo(
         f"{output}: {writer.rows:,} x {encoder.dim} float32 from {stats.tokens:,} tokens in "
@@ -185,8 +159,7 @@ def bench(
         str | None, typer.Option(help="cpu or cuda.", show_default="the GPU if there is one")
     ] = None,
     dtype: Annotated[
-        Dtype | None,
-        typer.Option(help="Of all models.", show_default="float32 on a CPU, bfloat16 on a GPU"),
+        DtypeName | None, typer.Option(help="Of all models.", show_default=BY_DEVICE)
     ] = None,
     seconds: Annotated[
         float | None,
@@ -196,9 +169,7 @@ def bench(
         Path,
         typer.Option(file_okay=False, help="Folder of the results file; new figures join old."),
     ] = Path("benchmarks/results"),
-    progress: Annotated[
-        bool | None, typer.Option(help="Progress bar.", show_default="on a terminal")
-    ] = None,
+    progress: Progress = None,
 ) -> None:
     """Measure the throughput table: NeoBERT and other encoders, as fast as this machine runs them.
 
@@ -225,8 +196,7 @@ def bench(
         if plot:
             find_plotting()
     except (ValueError, ImportError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from error
+        raise fail(error) from error
     if profile:
         path = take_apart(plan.device, plan.dtype, output, plot, quick, typer.echo)
         return typer.echo(f"written to {path}", err=True)

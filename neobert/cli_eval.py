@@ -8,21 +8,27 @@ from typing import Annotated
 
 import typer
 
+from neobert.cli_options import (
+    ConfigFile,
+    Device,
+    Documents,
+    DocumentsField,
+    Dtype,
+    HubSplit,
+    HubSubset,
+    MaxLength,
+    MaxTokens,
+    Progress,
+    Show,
+    Streaming,
+    fail,
+    need_extra,
+)
+
 app = typer.Typer(help="Measure a model: the evaluations of the paper.", no_args_is_help=True)
 
 
-def fail(error: Exception) -> typer.Exit:
-    typer.echo(f"Error: {error}", err=True)
-    return typer.Exit(1)
-
-
-def need_extra(error: ImportError) -> typer.Exit:
-    return fail(
-        ImportError(
-            f"evaluation needs packages that are not installed ({error}): "
-            'pip install "neobert-kernels[eval]"'
-        )
-    )
+EXTRA = ("evaluation", "eval")
 
 
 @app.command()
@@ -67,39 +73,22 @@ def mteb(
             "before each text."
         ),
     ] = True,
-    max_length: Annotated[
-        int | None,
-        typer.Option(help="Most tokens of a text.", show_default="the model's, 4096"),
-    ] = None,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(help="Most tokens computed at once. [default: 2048 on a CPU, 32768 on a GPU]"),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float32, bfloat16 or float16, the paper's.",
-            show_default="float32 on a CPU, bfloat16 on a GPU",
-        ),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda or cuda:1.", show_default="the GPU if there is one"),
-    ] = None,
-    progress: Annotated[
-        bool | None, typer.Option(help="Progress bars.", show_default="on a terminal")
-    ] = None,
+    max_length: MaxLength = None,
+    max_tokens: MaxTokens = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    progress: Progress = None,
 ) -> None:
     """Score embeddings on MTEB: the paper's Table 4, as Markdown and JSON.
 
     Results are written as they come; a run that was stopped goes on with the next task. A score is
-    known by the model's files, dtype, length and instructions.
+    known by the model's files, dtype, length and instructions. The paper's scores are of float16.
     """
     try:
         from neobert import mteb_table
         from neobert.mteb import EvaluationError, MTEBEncoder, evaluate, quiet, select_tasks
     except ImportError as error:
-        raise need_extra(error) from error
+        raise need_extra(error, *EXTRA) from error
     quiet()
     results = []
     try:
@@ -108,7 +97,7 @@ def mteb(
         encoder = MTEBEncoder(
             model,
             device=device,
-            dtype=dtype,
+            dtype=dtype and dtype.value,
             max_length=max_length,
             max_tokens=max_tokens,
             instructions=instructions,
@@ -160,12 +149,8 @@ def glue(
     search: Annotated[
         bool, typer.Option("--search", help="The paper's grid, in place of its best settings.")
     ] = False,
-    config: Annotated[
-        Path | None, typer.Option(dir_okay=False, exists=True, help="A YAML file of settings.")
-    ] = None,
-    show: Annotated[
-        bool, typer.Option("--show", help="Print the settings as YAML, and do nothing.")
-    ] = False,
+    config: ConfigFile = None,
+    show: Show = False,
 ) -> None:
     """Fine-tune on the tasks of GLUE, and print the row of the paper's Table 3.
 
@@ -181,7 +166,7 @@ def glue(
         from neobert.glue_search import table
         from neobert.settings import load
     except ImportError as error:
-        raise need_extra(error) from error
+        raise need_extra(error, *EXTRA) from error
     given = {"model": model, "data": data, "output": output}
     changes = [f"{name}={value}" for name, value in given.items() if value is not None]
     changes += [f"tasks=[{tasks}]"] if tasks else []
@@ -205,19 +190,14 @@ def perplexity(
     model: Annotated[
         str, typer.Option(help="Checkpoint directory or hub repository, with its masked-LM head.")
     ],
-    data: Annotated[
-        str,
-        typer.Option(help="A file or pattern (.txt, .jsonl, .parquet), hub data set, docstrings."),
-    ],
+    data: Documents,
     output: Annotated[
         Path, typer.Option(dir_okay=False, help="JSONL, a line for each document; is gone on with.")
     ],
-    field: Annotated[str, typer.Option(help="The column that holds the text.")] = "text",
-    split: Annotated[str, typer.Option(help="Of a hub data set.")] = "train",
-    subset: Annotated[str | None, typer.Option(help="Of a hub data set.")] = None,
-    streaming: Annotated[
-        bool, typer.Option("--streaming", help="Do not download the data set first.")
-    ] = False,
+    field: DocumentsField = "text",
+    split: HubSplit = "train",
+    subset: HubSubset = None,
+    streaming: Streaming = False,
     documents: Annotated[
         int | None, typer.Option(min=1, help="Take the first so many.", show_default="all")
     ] = None,
@@ -249,20 +229,10 @@ def perplexity(
         list[Path] | None,
         typer.Option(help="Draw the results in this file too. May be repeated.", exists=True),
     ] = None,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(help="Most tokens computed at once. [default: 2048 on a CPU, 32768 on a GPU]"),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="Of the weights.", show_default="float32 on a CPU, bfloat16 on a GPU"),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda.", show_default="the GPU if there is one")
-    ] = None,
-    progress: Annotated[
-        bool | None, typer.Option(help="Progress bar.", show_default="on a terminal")
-    ] = None,
+    max_tokens: MaxTokens = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    progress: Progress = None,
 ) -> None:
     """Pseudo-perplexity of each document: every token masked once, alone (paper, §5.3, App. E).
 
@@ -284,13 +254,15 @@ def perplexity(
         )
         from neobert.signals import Stopped, stopped_by_signals
     except ImportError as error:
-        raise need_extra(error) from error
+        raise need_extra(error, *EXTRA) from error
     disable_progress_bar()  # transformers', for loading the weights
     scores = []
     try:
         texts = open_texts(Source(data, field, streaming=streaming, split=split, subset=subset))
         rows = (text for batch, _ in text_batches(texts, field) for text in batch)
-        scorer = Scorer.from_pretrained(model, device, dtype, max_length, max_tokens, yarn)
+        scorer = Scorer.from_pretrained(
+            model, device, dtype and dtype.value, max_length, max_tokens, yarn
+        )
         chosen, passed_over = scorer.documents(
             islice(rows, documents), data, positions, seed, min_tokens
         )

@@ -8,35 +8,30 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from neobert.cli_options import Device, Input, InputField, PoolingName, Progress, fail
+
 if TYPE_CHECKING:
-    from neobert.encode import Pooling
     from neobert.search import Hit
-
-
-def _fail(error: Exception) -> typer.Exit:
-    typer.echo(f"Error: {error}", err=True)
-    return typer.Exit(1)
 
 
 def index(
     model: Annotated[
         str, typer.Option(help="Checkpoint directory or hub repository; one trained for search.")
     ],
-    input: Annotated[
-        str, typer.Option(help="File with one text per line, or JSONL with --field; - is stdin.")
-    ],
+    input: Input,
     output: Annotated[
         Path, typer.Option(file_okay=False, help="The index's folder; one there is replaced.")
     ],
-    field: Annotated[
-        str | None, typer.Option(help="Read JSONL: the field of each object that holds the text.")
-    ] = None,
+    field: InputField = None,
     pooling: Annotated[
-        str | None, typer.Option(help="mean or cls.", show_default="the model's")
+        PoolingName | None,
+        typer.Option(
+            help="Mean over a text's tokens, or its first token.", show_default="the model's"
+        ),
     ] = None,
     prompt: Annotated[
         str | None,
@@ -52,12 +47,8 @@ def index(
             help="Most tokens of a text; the rest is not read.", show_default="the model's"
         ),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda.", show_default="the GPU if there is one")
-    ] = None,
-    progress: Annotated[
-        bool | None, typer.Option(help="Progress bar.", show_default="on a terminal")
-    ] = None,
+    device: Device = None,
+    progress: Progress = None,
 ) -> None:
     """Embed texts into a folder that `neobert search` looks through.
 
@@ -71,8 +62,6 @@ def index(
     from neobert.sentence_folder import read_sentence_folder
     from neobert.signals import Stopped, stopped_by_signals
 
-    if pooling not in (None, "mean", "cls"):
-        raise _fail(ValueError(f"pooling must be mean or cls, got {pooling!r}"))
     disable_progress_bar()  # transformers', for loading the weights
     warnings.simplefilter("ignore", TruncationWarning)  # said at the end
     try:
@@ -88,7 +77,7 @@ def index(
                 # Absolute: the index may be searched from another directory.
                 model=str(Path(model).resolve()) if Path(model).is_dir() else model,
                 field=field or "text",
-                pooling=cast("Pooling", pooling or folder.pooling),
+                pooling=pooling.value if pooling else folder.pooling,
                 prompt=folder.prompts.get("document", "") if prompt is None else prompt,
                 query_prompt=(
                     folder.prompts.get("query", "") if query_prompt is None else query_prompt
@@ -101,7 +90,7 @@ def index(
         typer.echo(f"{stopped}: stopped, {output} is no index", err=True)
         raise typer.Exit(stopped.exit_code) from None
     except (ValueError, OSError) as error:
-        raise _fail(error) from error
+        raise fail(error) from error
     typer.echo(f"{output}: {count:,} texts" + (f", {blank:,} blank ones passed over" * (blank > 0)))
     if encoder.stats.truncated:
         typer.echo(
@@ -128,9 +117,7 @@ def search(
     as_json: Annotated[
         bool, typer.Option("--json", help="A JSON object a line, with the whole records.")
     ] = False,
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda.", show_default="the GPU if there is one")
-    ] = None,
+    device: Device = None,
 ) -> None:
     """Find the texts of an index that are nearest in meaning to a query."""
     from transformers.utils.logging import disable_progress_bar
@@ -143,7 +130,7 @@ def search(
             raise ValueError("the query is empty")
         loaded = Index.load(index, model, device)
     except (ValueError, OSError) as error:
-        raise _fail(error) from error
+        raise fail(error) from error
     for asked in _queries() if query is None else [query]:
         (hits,) = loaded.search([asked], k)
         for rank, hit in enumerate(hits, 1):

@@ -7,17 +7,19 @@ from typing import Annotated
 
 import typer
 
+from neobert.cli_options import (
+    ConfigFile,
+    Documents,
+    DocumentsField,
+    HubSplit,
+    HubSubset,
+    Show,
+    Streaming,
+    fail,
+    need_extra,
+)
 
-def _fail(error: Exception) -> typer.Exit:
-    typer.echo(f"Error: {error}", err=True)
-    return typer.Exit(1)
-
-
-def _need_extra(error: ImportError) -> typer.Exit:
-    return _fail(
-        ImportError(f"training needs packages that are not installed ({error}): "
-                    'pip install "neobert-kernels[train]"')
-    )  # fmt: skip
+EXTRA = ("training", "train")
 
 
 def pretrain(
@@ -32,9 +34,7 @@ def pretrain(
         str | None,
         typer.Option(help="neobert-1024 and neobert-4096, the paper's two stages, or tiny."),
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option(dir_okay=False, exists=True, help="A YAML file of settings.")
-    ] = None,
+    config: ConfigFile = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -49,9 +49,7 @@ def pretrain(
             show_default="runs/PRESET",
         ),
     ] = None,
-    show: Annotated[
-        bool, typer.Option("--show", help="Print the settings as YAML, and do nothing.")
-    ] = False,
+    show: Show = False,
 ) -> None:
     """Pre-train a masked-language model on packed sequences.
 
@@ -68,7 +66,7 @@ def pretrain(
         from neobert.recipes import load_config
         from neobert.saving import SaveError
     except ImportError as error:
-        raise _need_extra(error) from error
+        raise need_extra(error, *EXTRA) from error
     given = [f"data={[{'path': path} for path in data]}"] if data else []
     given += [f"output={output}"] if output else []
     try:
@@ -79,7 +77,7 @@ def pretrain(
         disable_progress_bar()  # transformers', for writing and loading weights
         result = run(settings)
     except (ValueError, FileNotFoundError, SaveError, RuntimeError) as error:
-        raise _fail(error) from error
+        raise fail(error) from error
     if PartialState().is_main_process:
         typer.echo(f"step {result.step}: loss {result.loss:.4f}, checkpoint {result.checkpoint}")
     if result.stopped_by:
@@ -127,9 +125,7 @@ def contrastive(
             show_default="runs/PRESET-contrastive",
         ),
     ] = None,
-    show: Annotated[
-        bool, typer.Option("--show", help="Print the settings as YAML, and do nothing.")
-    ] = False,
+    show: Show = False,
 ) -> None:
     """Train a pre-trained encoder to embed, on pairs of texts that belong together.
 
@@ -148,7 +144,7 @@ def contrastive(
         from neobert.contrastive_recipes import load_config
         from neobert.saving import SaveError
     except ImportError as error:
-        raise _need_extra(error) from error
+        raise need_extra(error, *EXTRA) from error
     given = [f"data={[{'path': path} for path in data]}"] if data else []
     given += [f"start_from={start_from}"] if start_from else []
     given += [f"output={output}"] if output else []
@@ -160,7 +156,7 @@ def contrastive(
         disable_progress_bar()  # transformers', for writing and loading weights
         result = run(settings)
     except (ValueError, FileNotFoundError, SaveError, RuntimeError) as error:
-        raise _fail(error) from error
+        raise fail(error) from error
     if PartialState().is_main_process:
         typer.echo(
             f"step {result.step}: loss {result.loss:.4f}, accuracy {result.accuracy:.4f}, "
@@ -171,20 +167,13 @@ def contrastive(
 
 
 def prepare(
-    data: Annotated[
-        str,
-        typer.Option(
-            help="A file or pattern (.txt, .jsonl, .parquet), a hub data set, docstrings."
-        ),
-    ],
+    data: Documents,
     tokenizer: Annotated[str, typer.Option(help="Directory or hub repository of the tokenizer.")],
     output: Annotated[Path, typer.Option(file_okay=False, help="Directory to write shards to.")],
-    field: Annotated[str, typer.Option(help="The column that holds the text.")] = "text",
-    split: Annotated[str, typer.Option(help="Of a hub data set.")] = "train",
-    subset: Annotated[str | None, typer.Option(help="Of a hub data set.")] = None,
-    streaming: Annotated[
-        bool, typer.Option("--streaming", help="Do not download the data set first.")
-    ] = False,
+    field: DocumentsField = "text",
+    split: HubSplit = "train",
+    subset: HubSubset = None,
+    streaming: Streaming = False,
     shard_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens in a shard, about; it is finished or lost as one.")
     ] = 100_000_000,
@@ -203,7 +192,7 @@ def prepare(
         from neobert.corpus import Source, open_texts, text_batches
         from neobert.shards import prepare as run
     except ImportError as error:
-        raise _need_extra(error) from error
+        raise need_extra(error, *EXTRA) from error
     source = Source(data, field, streaming=streaming, split=split, subset=subset)
     try:
         texts = open_texts(source)
@@ -218,7 +207,7 @@ def prepare(
         if check:
             shards.check()
     except (ValueError, OSError) as error:
-        raise _fail(error) from error
+        raise fail(error) from error
     typer.echo(
         f"{output}: {len(shards):,} documents, {shards.num_tokens:,} tokens of "
         f"{shards.dtype.name} in {len(shards.shards)} shards"

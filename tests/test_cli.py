@@ -185,6 +185,22 @@ def test_mistaken_options(tmp_path, checkpoint, change, message, monkeypatch):
     assert os.listdir(tmp_path) == ["texts.txt"]
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        ("encode", "--dtype", "float8"),
+        ("bench", "--dtype", "float8"),
+        ("eval mteb", "--dtype", "float8"),
+        ("eval perplexity", "--dtype", "float8"),
+        ("encode", "--pooling", "max"),
+        ("index", "--pooling", "max"),
+    ],
+)
+def test_a_name_that_an_option_does_not_have(command, option, value):
+    code, said = run(*command.split(), option, value)
+    assert code == 2 and f"'{value}' is not one of" in said and option in said, said
+
+
 def test_signal_handlers_are_restored(tmp_path, checkpoint):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     (tmp_path / "texts.txt").write_text("a\n")

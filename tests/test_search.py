@@ -155,8 +155,6 @@ def test_the_commands(tmp_path, checkpoint):
         (["index", "--input", "absent.txt", "--output", "o", "--model", "m/m"], "absent.txt"),
         (["index", "--input", "bad.jsonl", "--output", "o", "--field", "text", "--model", "M"],
          "bad.jsonl, line 2: no field 'text'"),
-        (["index", "--input", "bad.jsonl", "--output", "o", "--pooling", "max", "--model", "M"],
-         "pooling must be mean or cls, got 'max'"),
     ],
 )  # fmt: skip
 def test_mistakes(tmp_path, checkpoint, encoder, monkeypatch, command, message):
