@@ -7,42 +7,22 @@ import mteb
 import numpy as np
 import pytest
 import torch
-from mteb._create_dataloaders import _create_dataloader_from_texts
-from mteb.mocks import ALL_MOCK_TASK_TEST_GRID, MockRetrievalTask, MockSTSTask
-from mteb.models import SentenceTransformerEncoderWrapper
+from mteb.mocks import ALL_MOCK_TASK_TEST_GRID
 from mteb.models.models_protocols import EncoderProtocol
-from mteb.types import PromptType
 from scipy.stats import pearsonr, spearmanr
-from sentence_transformers import SentenceTransformer
 
-from neobert import instructions, mteb_table
+from neobert import instructions
 from neobert.checkpoint import write_random_checkpoint
-from neobert.mteb import (
-    BENCHMARK,
-    EvaluationError,
-    MTEBEncoder,
-    evaluate,
-    select_tasks,
-)
-from neobert.sentence_folder import SentenceFolder, read_sentence_folder
+from neobert.mteb import BENCHMARK, EvaluationError, MTEBEncoder, evaluate, select_tasks
 from tests import tiny
+from tests.mteb_data import cosines, encode, hub_folder, write_sts
 from tests.test_cli import run
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "hub_offline"),
     pytest.mark.no_poison,  # mteb's classifiers and k-means are not ours to make deterministic
     pytest.mark.filterwarnings("ignore"),
 ]
-
-STS = MockSTSTask().metadata
-RETRIEVAL = MockRetrievalTask().metadata
-
-
-@pytest.fixture(autouse=True)
-def _no_hub(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="module")
@@ -53,34 +33,6 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(checkpoint):
     return MTEBEncoder(str(checkpoint), device="cpu", max_tokens=512)
-
-
-def encode(model, texts, task=STS, prompt_type=None, batch_size=2, **options):
-    return model.encode(
-        _create_dataloader_from_texts(texts, batch_size=batch_size),
-        task_metadata=task,
-        hf_split="test",
-        hf_subset="default",
-        prompt_type=prompt_type,
-        **options,
-    )
-
-
-def cosines(a, b):
-    return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-
-
-def write_sts(path, pairs=24):
-    """Pairs of docstrings with a score; also returns them by column."""
-    texts = tiny.texts()[: 2 * pairs]
-    scores = np.random.default_rng(0).uniform(0, 5, pairs).round(2).tolist()
-    columns = texts[:pairs], texts[pairs:], scores
-    rows = [
-        json.dumps({"sentence1": a, "sentence2": b, "score": score})
-        for a, b, score in zip(*columns, strict=True)
-    ]
-    path.write_text("\n".join(rows))
-    return columns
 
 
 # The model
@@ -176,117 +128,6 @@ def test_model_meta(checkpoint, model, tmp_path):
     assert MTEBEncoder(str(same_name)).mteb_model_meta.revision != meta.revision
 
 
-# Instructions and prompts
-
-
-def test_every_task_of_the_benchmark_has_its_instruction():
-    tasks = mteb.get_benchmark(BENCHMARK).tasks
-    names = {task.metadata.name for task in tasks}
-    forums = {part.metadata.name for task in tasks for part in getattr(task, "tasks", [])}
-    assert len(names) == 56 and len(forums) == 12
-    assert set(instructions.TASKS) == names | forums
-    assert all(text.endswith(".") for text in instructions.TASKS.values())
-    types = {task.metadata.type for task in tasks} | {"BitextMining"}
-    assert types <= set(instructions.TYPES)
-
-
-@pytest.mark.parametrize(
-    "name, expected",
-    [
-        ("SICK-R", "Retrieve semantically similar text. "),
-        ("STS22", "Retrieve semantically similar text. "),
-        ("BiorxivClusteringS2S", "Identify the main and secondary category of Biorxiv papers based "
-         "on their titles. "),
-        ("StackExchangeClustering", "Identify the topic or theme of StackExchange posts based on "
-         "their titles. "),
-        ("SciFact", "Given a scientific claim, retrieve documents that support or refute the "
-         "claim . "),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("prompt_type", [None, *PromptType])
-def test_the_papers_instruction(model, name, expected, prompt_type):
-    assert model.prompt(mteb.get_task(name).metadata, prompt_type) == expected
-
-
-def test_a_task_beyond_the_paper_has_its_types_instruction(model):
-    assert model.prompt(RETRIEVAL, PromptType.query) == "Given a query, retrieve relevant texts. "
-
-
-@pytest.fixture(scope="module")
-def sentence_folder(checkpoint, tmp_path_factory):
-    """save(prompts, **changes to the pooling) → a folder saved by sentence-transformers."""
-
-    def save(prompts, pooling="mean", **more):
-        folder = tmp_path_factory.mktemp("sentences")
-        saved = SentenceTransformer(str(checkpoint), device="cpu")
-        saved[1].pooling_mode = pooling
-        saved.prompts = prompts
-        for key, value in more.items():
-            setattr(saved, key, value)
-        saved.save(str(folder))
-        return folder
-
-    return save
-
-
-@pytest.mark.parametrize("prompts, expected", [
-    ({"STS": "alike: ", "query": "q: "}, ["alike: ", "q: ", ""]),
-    ({"document": "d: "}, ["", "", "d: "]),
-    ({"query": "", "document": ""}, "the paper's"),  # as sentence-transformers writes by itself
-    ({"ALLNLI": "of a data set: "}, "the paper's"),
-    ({"ALLNLI": "of a data set: ", "document": ""},
-     ["Retrieve semantically similar text. ", "Given a query, retrieve relevant texts. ", ""]),
-    ({MockRetrievalTask().metadata.name: "own: "}, ["Retrieve semantically similar text. ", "own: ",
-                                                    "own: "]),
-])  # fmt: skip
-def test_a_folders_own_prompts_come_first(sentence_folder, prompts, expected):
-    model = MTEBEncoder(str(sentence_folder(prompts)), device="cpu")
-    asked = [(STS, None), (RETRIEVAL, PromptType.query), (RETRIEVAL, PromptType.document)]
-    if expected == "the paper's":
-        expected = [instructions.prompt(task.name, task.type) for task, _ in asked]
-    assert [model.prompt(*each) for each in asked] == expected
-    bare = MTEBEncoder(str(sentence_folder(prompts)), device="cpu", instructions=False)
-    assert [bare.prompt(*each) for each in asked] == ["", "", ""]
-
-
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_same_vectors_as_sentence_transformers(sentence_folder, pooling):
-    folder = str(sentence_folder({"query": "q: ", "document": "d: "}, pooling))
-    ours = MTEBEncoder(folder, device="cpu")
-    theirs = SentenceTransformerEncoderWrapper(folder, device="cpu")
-    texts = [text[:200] for text in tiny.texts()[:20]]
-    for prompt_type in PromptType:
-        a, b = (encode(each, texts, RETRIEVAL, prompt_type) for each in (ours, theirs))
-        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
-
-
-def test_what_a_sentence_folder_says(sentence_folder, checkpoint, tmp_path):
-    assert read_sentence_folder(checkpoint) == SentenceFolder()
-    folder = sentence_folder({"a": "A "}, default_prompt_name="a", max_seq_length=50)
-    read = read_sentence_folder(folder)
-    assert (read.pooling, read.default_prompt, read.normalize) == ("mean", "A ", False)
-    pooling = folder / "1_Pooling" / "config.json"
-    pooling.write_text(
-        json.dumps({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False})
-    )
-    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 50}')
-    assert read_sentence_folder(folder).pooling == "cls"
-    model = MTEBEncoder(str(folder), device="cpu")
-    assert model.encoder.max_length == 50 and model.mteb_model_meta.experiment_kwargs is None
-    for config, error in [
-        ({"pooling_mode": "weightedmean"}, "pools by weightedmean"),
-        ({"pooling_mode": "mean", "include_prompt": False}, "has prompts and pools without"),
-    ]:
-        pooling.write_text(json.dumps(config))
-        with pytest.raises(ValueError, match=error):
-            read_sentence_folder(folder)
-    modules = json.loads((folder / "modules.json").read_text())
-    modules.append({"idx": 2, "path": "2_Dense", "type": "sentence_transformers.models.Dense"})
-    (folder / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(ValueError, match="Transformer, Pooling, Dense in"):
-        read_sentence_folder(folder)
-
-
 # Evaluating
 
 
@@ -328,27 +169,6 @@ def test_finished_tasks_are_not_computed_again(checkpoint, tmp_path, monkeypatch
     assert other.totals.texts == 22
 
 
-def hub_folder(folder):
-    """STSBenchmark's data set and NFCorpus's as they lie on the hub, and a folder of each."""
-    sts = folder / "mteb" / "stsbenchmark-sts"
-    sts.mkdir(parents=True)
-    columns = write_sts(sts / "test.jsonl")
-    retrieval = folder / "mteb" / "nfcorpus"
-    retrieval.mkdir()
-    configs = {"corpus": "corpus", "queries": "queries", "default": "test"}
-    lines = ["---", "configs:"]
-    for config, split in configs.items():
-        lines += [f"- config_name: {config}", "  data_files:", f"  - split: {split}",
-                  f"    path: {config}.jsonl"]  # fmt: skip
-    (retrieval / "README.md").write_text("\n".join([*lines, "---", ""]))
-    corpus = [{"_id": f"d{i}", "title": "", "text": t} for i, t in enumerate(columns[0])]
-    queries = [{"_id": f"q{i}", "text": t} for i, t in enumerate(columns[1][:3])]
-    qrels = [{"query-id": f"q{i}", "corpus-id": f"d{5 * i}", "score": 1} for i in range(3)]
-    for name, rows in (("corpus", corpus), ("queries", queries), ("default", qrels)):
-        (retrieval / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return columns
-
-
 def test_mtebs_own_tasks_on_data_sets_in_a_folder(checkpoint, model, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     first, second, scores = hub_folder(tmp_path / "data")
@@ -387,41 +207,6 @@ def test_a_benchmarks_tasks_and_any_others():
     assert one.eval_splits == ["dev"] and other.eval_splits == ["test"]  # as the benchmark has them
     assert select_tasks(["STS17"])[0].hf_subsets == ["en-en"]
     assert select_tasks(["NFCorpus"], "MTEB(eng, v2)")[0].metadata.name == "NFCorpus"
-
-
-# The table
-
-
-class Result:
-    def __init__(self, score):
-        self.score = score
-
-    def get_score(self):
-        return self.score
-
-
-def test_the_average_is_the_papers(model):
-    """Of Table 4's row of NeoBERT, each task as good as its type: the average over tasks."""
-    row = dict(zip(mteb_table.COLUMNS, (61.6, 40.8, 76.2, 51.2, 31.6, 74.8, 30.7), strict=True))
-    results = [(t, Result(row[t.metadata.type] / 100)) for t in mteb.get_benchmark(BENCHMARK).tasks]
-    summary = mteb_table.summary(model.mteb_model_meta, results, BENCHMARK)
-    assert [f["tasks"] for f in summary["types"].values()] == [12, 11, 3, 4, 15, 10, 1]
-    assert round(summary["average"]["score"], 1) == 51.3
-    assert summary["missing"] == summary["others"] == []
-    header, _, cells = mteb_table.markdown(summary).splitlines()
-    assert header.endswith(
-        "| Class., 12 tasks | Clust., 11 tasks | PairClass., 3 tasks | Rerank., 4 tasks "
-        "| Retriev., 15 tasks | STS, 10 tasks | Summ., 1 tasks | Avg. |"
-    )
-    assert cells.endswith("| 61.6 | 40.8 | 76.2 | 51.2 | 31.6 | 74.8 | 30.7 | 51.3 |")
-
-
-def test_a_table_of_some_tasks_says_so(model):
-    results = [(task, Result(0.5)) for task in select_tasks(["STS12", "SICK-R", "STS22.v2"])]
-    summary = mteb_table.summary(model.mteb_model_meta, results, BENCHMARK)
-    lines = mteb_table.markdown(summary).splitlines()
-    assert lines[2].endswith("| - | - | - | - | - | 50.0 | - | 50.0 |")
-    assert lines[-1] == f"2 of the 56 tasks of {BENCHMARK}, and 1 others."
 
 
 # The command
