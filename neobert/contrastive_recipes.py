@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from neobert.pairs import PairSource
-from neobert.settings import PRECISIONS, at_least, load, one_of
+from neobert.settings import TrainingSettings, at_least, load
 
 
 @dataclass
-class ContrastiveConfig:
-    """A contrastive run. The defaults are the paper's (§5.2.1, Appendix D.2) where it says one:
-    temperature, alpha and steps; the others are ours.
+class PairSettings:
+    """What is trained, and on what.
 
     output: directory for checkpoints, metrics, the loss curve and, at the end, `model`. A run
         continues from the newest checkpoint in it.
@@ -26,13 +25,6 @@ class ContrastiveConfig:
     max_length: most tokens of a text, its instruction included.
     max_tokens: tokens in one forward pass. Neither it nor the number of processes changes what a
         step computes, only memory and speed.
-    steps, lr, warmup_steps, decay_fraction, min_lr_ratio: see `learning_rate`.
-    clip_norm: the largest norm of the gradient.
-    precision: "float32", or "bfloat16": autocast, with float32 weights, optimizer, residual stream
-        and similarities.
-    gradient_checkpointing: recompute blocks in the backward pass. compile: torch.compile.
-    log_every, save_every: steps. keep_checkpoints: how many of the newest are kept.
-    tensorboard, wandb, push_to_hub: as for pre-training.
     """
 
     output: str = "???"
@@ -47,34 +39,29 @@ class ContrastiveConfig:
     max_tokens: int = 32 * 1024
     seed: int = 0
 
+
+# Of two bases the last one's fields come first, in YAML and as arguments.
+@dataclass
+class ContrastiveConfig(TrainingSettings, PairSettings):
+    """A contrastive run. The defaults are the paper's (§5.2.1, Appendix D.2) where it says one:
+    temperature, alpha and steps; the others are ours.
+
+    See `PairSettings` and `TrainingSettings`; similarities are float32 in either precision.
+    """
+
     steps: int = 2000
     lr: float = 2e-5
     warmup_steps: int = 200
     decay_fraction: float = 1.0
     min_lr_ratio: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
     weight_decay: float = 0.01
-    clip_norm: float = 1.0
-
-    precision: str = "bfloat16"
-    gradient_checkpointing: bool = False
-    compile: bool = False
-
-    log_every: int = 10
     save_every: int = 500
-    keep_checkpoints: int = 3
-    tensorboard: bool = True
-    wandb: str | None = None
-    push_to_hub: str | None = None
 
     def __post_init__(self):
-        one_of(self, PRECISIONS, "precision")
+        super().__post_init__()
         at_least(self, 2, "batch_size")
         at_least(self, 0, "hard_negatives", "alpha")
-        at_least(self, 1, "max_length", "max_tokens", "steps", "log_every", "save_every",
-                 "keep_checkpoints")  # fmt: skip
+        at_least(self, 1, "max_length", "max_tokens")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
         titles = [source.title for source in self.data]

@@ -9,7 +9,7 @@ from pathlib import Path
 from neobert.config import NeoBERTConfig
 from neobert.corpus import Source
 from neobert.masking import SCHEMES
-from neobert.settings import PRECISIONS, at_least, load, one_of, save_config
+from neobert.settings import TrainingSettings, at_least, load, one_of, save_config
 
 __all__ = ["PRESETS", "ModelShape", "PretrainConfig", "load_config", "save_config"]
 
@@ -29,8 +29,8 @@ class ModelShape:
 
 
 @dataclass
-class PretrainConfig:
-    """A masked-LM pre-training run. The defaults are the paper's first stage (§3.2, §3.3, App. A).
+class MaskedLMSettings:
+    """What is trained, and on what.
 
     output: directory for checkpoints, metrics and the loss curve. A run continues from the newest
         checkpoint in it.
@@ -46,15 +46,7 @@ class PretrainConfig:
         a step computes, only memory and speed; their product divides batch_bins.
     padded: padded batches of the same sequences, for comparison.
     mask_rate, mask_scheme: see `Masking`.
-    steps, lr, warmup_steps, decay_fraction, min_lr_ratio: see `learning_rate`.
-    clip_norm: the largest norm of the gradient.
-    precision: "float32", or "bfloat16": autocast, with float32 weights, optimizer and residual
-        stream.
-    gradient_checkpointing: recompute blocks in the backward pass. compile: torch.compile.
     validation_documents: how many documents of each source are held out; validate_every: steps.
-    log_every, save_every: steps. keep_checkpoints: how many of the newest are kept.
-    tensorboard: whether metrics go there too; wandb: a Weights & Biases project they go to.
-    push_to_hub: a repository, "owner/name", that every checkpoint is uploaded to.
     """
 
     output: str = "???"
@@ -73,35 +65,22 @@ class PretrainConfig:
     mask_scheme: str = "mask"
     seed: int = 0
 
-    steps: int = 1_000_000
-    lr: float = 6e-4
-    warmup_steps: int = 2000
-    decay_fraction: float = 0.9
-    min_lr_ratio: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-
-    precision: str = "bfloat16"
-    gradient_checkpointing: bool = False
-    compile: bool = False
-
     validation_documents: int = 0
     validate_every: int = 1000
-    log_every: int = 10
-    save_every: int = 5000
-    keep_checkpoints: int = 3
-    tensorboard: bool = True
-    wandb: str | None = None
-    push_to_hub: str | None = None
+
+
+# Of two bases the last one's fields come first, in YAML and as arguments.
+@dataclass
+class PretrainConfig(TrainingSettings, MaskedLMSettings):
+    """A masked-LM pre-training run. The defaults are the paper's first stage (§3.2, §3.3, App. A).
+
+    See `MaskedLMSettings` and `TrainingSettings`.
+    """
 
     def __post_init__(self):
-        one_of(self, PRECISIONS, "precision")
+        super().__post_init__()
         one_of(self, SCHEMES, "mask_scheme")
-        at_least(self, 1, "max_length", "batch_bins", "micro_batch_bins", "steps",
-                 "validate_every", "log_every", "save_every", "keep_checkpoints")  # fmt: skip
+        at_least(self, 1, "max_length", "batch_bins", "micro_batch_bins", "validate_every")
         if self.bin_tokens < self.max_length:
             raise ValueError(
                 f"bin_tokens must hold a sequence of max_length={self.max_length} tokens, got "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -15,6 +16,49 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 PRECISIONS = ("float32", "bfloat16")
 
 Config = TypeVar("Config")
+
+
+@dataclass
+class TrainingSettings:
+    """How a model is trained, on whatever it is. The defaults are those of the paper's
+    pre-training (§3.3, App. A).
+
+    steps, lr, warmup_steps, decay_fraction, min_lr_ratio: see `learning_rate`.
+    beta1, beta2, eps, weight_decay: AdamW's; weight decay spares norm gains and biases.
+    clip_norm: the largest norm of the gradient.
+    precision: "float32", or "bfloat16": autocast, with float32 weights, optimizer and residual
+        stream.
+    gradient_checkpointing: recompute blocks in the backward pass. compile: torch.compile.
+    log_every, save_every: steps. keep_checkpoints: how many of the newest are kept.
+    tensorboard: whether metrics go there too; wandb: a Weights & Biases project they go to.
+    push_to_hub: a repository, "owner/name", that every checkpoint is uploaded to.
+    """
+
+    steps: int = 1_000_000
+    lr: float = 6e-4
+    warmup_steps: int = 2000
+    decay_fraction: float = 0.9
+    min_lr_ratio: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    precision: str = "bfloat16"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+
+    log_every: int = 10
+    save_every: int = 5000
+    keep_checkpoints: int = 3
+    tensorboard: bool = True
+    wandb: str | None = None
+    push_to_hub: str | None = None
+
+    def __post_init__(self):
+        one_of(self, PRECISIONS, "precision")
+        at_least(self, 1, "steps", "log_every", "save_every", "keep_checkpoints")
 
 
 def load(

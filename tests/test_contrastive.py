@@ -254,6 +254,8 @@ def test_a_model_that_cannot_be_written(settings, tmp_path, monkeypatch):
 @pytest.mark.parametrize("changes, error", [
     ({"temperature": 0}, "temperature must be positive, got 0"),
     ({"batch_size": 1}, "batch_size must be at least 2, got 1"),
+    ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
+    ({"save_every": 0}, "save_every must be at least 1, got 0"),
     ({"precision": "float16"}, "precision must be one of float32, bfloat16, got 'float16'"),
     ({"temprature": 1}, "temprature.*[Dd]id you mean:? 'temperature'"),
     ({"data.0.instructoin": "x"}, "instructoin.*[Dd]id you mean:? 'instruction'"),
