@@ -344,7 +344,8 @@ class Encoder:
         """Each batch with its pooled rows. On a GPU, one batch behind the one being launched."""
         launched: tuple[PackedBatch, Tensor, torch.cuda.Event] | None = None
         for batch in batches:
-            rows = self._pooled(batch, options, stats)
+            rows, graphed = self._pooled(batch, options.pooling, options.normalize)
+            stats.graphed += graphed
             if self.device.type != "cuda":
                 yield batch, rows
                 continue
@@ -360,16 +361,21 @@ class Encoder:
             launched[2].synchronize()
             yield launched[:2]
 
+    def embed(
+        self, batch: PackedBatch, pooling: Pooling = "mean", normalize: bool = False
+    ) -> Tensor:
+        """Embeddings of texts that are token ids already: (sequences, dim) float32 on the model's
+        device, of a batch packed on the host. On a GPU it does not wait for them."""
+        return self._pooled(batch, pooling, normalize)[0]
+
     @torch.inference_mode()
-    def _pooled(self, batch: PackedBatch, options: _Options, stats: EncodeStats) -> Tensor:
-        """(sequences, dim) float32 of one batch on the host."""
+    def _pooled(self, batch: PackedBatch, pooling: Pooling, normalize: bool) -> tuple[Tensor, bool]:
+        """What `embed` returns, and whether it is a replayed CUDA graph's."""
         if self._graphs is not None:
-            rows = self._graphs(batch, options.pooling, options.normalize)
+            rows = self._graphs(batch, pooling, normalize)
             if rows is not None:
-                stats.graphed += 1
-                return rows
-        batch = batch.to(self.device, non_blocking=True)
-        return self._embed(batch, options.pooling, options.normalize)
+                return rows, True
+        return self._embed(batch.to(self.device, non_blocking=True), pooling, normalize), False
 
     def _embed(self, batch: PackedBatch, pooling: Pooling, normalize: bool) -> Tensor:
         if self._prepared is not None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from neobert import encode
 from neobert.plain import PlainNeoBERT
 from neobert.throughput import measure, models, worker
 from neobert.throughput.shapes import CONTESTANTS, Shape, pairs_within
@@ -20,6 +21,7 @@ from neobert.throughput.workloads import (
     made_up_tokenizer,
     random_ids,
 )
+from tests.test_graphs import Rerun, equal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -248,6 +250,23 @@ def test_the_best_attention_of_a_gpu():
         )
         assert models.best_attention(shape, gpu, torch.float32) == "sdpa"
         assert models.best_attention(shape, CPU, torch.bfloat16) == "sdpa"
+
+
+def test_queries_of_ours_are_replayed_graphs(checkpoint, monkeypatch):
+    """By the encoder, as a GPU runs them; in the place of a CUDA graph a rerun."""
+    monkeypatch.setattr(encode, "CudaCapturer", lambda device: Rerun())
+    contestant = replace(CONTESTANTS["neobert"], shape=tiny("neobert"))
+    eager = models.build(contestant, CPU, torch.float32, checkpoint)
+    runner = models.Ours(eager.model, cuda_graphs=True)
+    batches = [random_ids(lengths, 1000) for lengths in ([9], [30], [4, 17])]
+    with torch.inference_mode():
+        for sequences in batches:
+            first = torch.stack([each[0] for each in eager.hidden(sequences)])
+            for _ in range(2):
+                assert equal(runner.query(sequences)(), first)
+    assert len(runner.encoder._graphs) == 2, "one for a query, one for up to eight"
+    ids = eager.inputs(batches[0])
+    assert torch.equal(eager.query(batches[0])(), eager.run(ids)), "hidden states without graphs"
 
 
 WORKLOADS = ["fixed-16", "lognormal-40", "strings-40", "short-1", "short-4", "fixed-256"]

@@ -2,7 +2,9 @@
 the best attention that this machine has for it."""
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +33,42 @@ from neobert.model import NeoBERT
 from neobert.packing import PackedBatch, pack, token_budget_batches
 from neobert.plain import PlainNeoBERT
 from neobert.throughput.shapes import Contestant, Shape
+from neobert.throughput.workloads import made_up_tokenizer
 
 Sequences = list[list[int]]
 Step = Callable[[], object]
 
 
-class Padded:
+class Runner(ABC):
+    """A model as it is run: `Padded` or `Packed`."""
+
+    def __init__(self, device: torch.device, attention: str):
+        self.device, self.attention = device, attention
+
+    @abstractmethod
+    def inputs(self, sequences: Sequences, together: bool = True) -> list[Any]:
+        """The sequences on the device: as one batch, or with `together=False` as several where
+        the model's users would split it."""
+
+    @abstractmethod
+    def run(self, inputs: list[Any]) -> Tensor:
+        """Final hidden states of what `inputs` returned."""
+
+    @abstractmethod
+    def hidden(self, sequences: Sequences) -> list[Tensor]:
+        """(length, dim) for each sequence."""
+
+    @abstractmethod
+    def from_strings(self, texts: list[str], tokenizer: PreTrainedTokenizerFast) -> Step:
+        """A function from the texts to the vectors of their first tokens, on the host."""
+
+    def query(self, sequences: Sequences) -> Step:
+        """A function that computes them as `run` does, for its latency."""
+        inputs = self.inputs(sequences)
+        return lambda: self.run(inputs)
+
+
+class Padded(Runner):
     """A model that takes (batch, length) ids and a keep-mask, or None where nothing is padding:
     SDPA has faster kernels without a mask, and a batch without padding gets them."""
 
@@ -46,10 +78,11 @@ class Padded:
         device: torch.device,
         attention: str,
     ):
-        self.forward, self.device, self.attention = forward, device, attention
+        super().__init__(device, attention)
+        self.forward = forward
 
     def inputs(self, sequences: Sequences, together: bool = True) -> list[Any]:
-        """One batch on the device; `together` is for `Packed`."""
+        """One batch in any case."""
         rows = [torch.tensor(ids) for ids in sequences]
         input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         lengths = torch.tensor([len(ids) for ids in sequences])
@@ -63,13 +96,10 @@ class Padded:
         return self.forward(input_ids, mask)
 
     def hidden(self, sequences: Sequences) -> list[Tensor]:
-        """(length, dim) for each sequence."""
         rows = self.run(self.inputs(sequences))
         return [row[: len(ids)] for row, ids in zip(rows, sequences, strict=True)]
 
     def from_strings(self, texts: list[str], tokenizer: PreTrainedTokenizerFast) -> Step:
-        """A function from the texts to the vectors of their first tokens, on the host."""
-
         def step() -> Tensor:
             batch = tokenizer(texts, padding=True, return_tensors="pt").to(self.device)
             return self.forward(batch["input_ids"], batch["attention_mask"])[:, 0].cpu()
@@ -77,7 +107,7 @@ class Padded:
         return step
 
 
-class Packed:
+class Packed(Runner):
     """A model that takes sequences end to end, without padding.
 
     most_tokens: how many it is given at once when the batch may be split.
@@ -90,11 +120,11 @@ class Packed:
         attention: str,
         most_tokens: int,
     ):
-        self.forward, self.device, self.attention = forward, device, attention
-        self.most_tokens = most_tokens
+        super().__init__(device, attention)
+        self.forward, self.most_tokens = forward, most_tokens
 
     def inputs(self, sequences: Sequences, together: bool = True) -> list[Any]:
-        """The sequences on the device: as one packed batch, or split as `Encoder` splits them."""
+        """One packed batch, or several as `Encoder` splits them."""
         groups = [sequences]
         if not together:
             batches = token_budget_batches([len(ids) for ids in sequences], self.most_tokens)
@@ -108,12 +138,9 @@ class Packed:
         return hidden
 
     def hidden(self, sequences: Sequences) -> list[Tensor]:
-        """(length, dim) for each sequence."""
         return list(self.run(self.inputs(sequences)).split([len(ids) for ids in sequences]))
 
     def from_strings(self, texts: list[str], tokenizer: PreTrainedTokenizerFast) -> Step:
-        """A function from the texts to the vectors of their first tokens, on the host."""
-
         def step() -> Tensor:
             (batch,) = self.inputs(tokenizer(texts)["input_ids"])
             return self.forward(batch)[batch.cu_seqlens[:-1].long()].cpu()
@@ -122,9 +149,12 @@ class Packed:
 
 
 class Ours(Packed):
-    """This package's model, and from strings its `Encoder`."""
+    """This package's model, and for queries and from strings its `Encoder`.
 
-    def __init__(self, model: NeoBERT):
+    cuda_graphs: whether queries are replayed CUDA graphs.
+    """
+
+    def __init__(self, model: NeoBERT, cuda_graphs: bool = False):
         def forward(batch: PackedBatch) -> Tensor:
             output = model(
                 input_ids=batch.input_ids[None],
@@ -137,13 +167,23 @@ class Ours(Packed):
         device = model.device
         super().__init__(forward, device, "varlen_attention", MAX_TOKENS[device.type])
         self.model = model.eval()
+        self.cuda_graphs = cuda_graphs
+
+    def query(self, sequences: Sequences) -> Step:
+        """As a service runs it, from ids on the host to pooled vectors on the device."""
+        if not self.cuda_graphs:
+            return super().query(sequences)
+        batch = pack(sequences)
+        return lambda: self.encoder.embed(batch, "cls")
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        tokenizer = made_up_tokenizer(self.model.config.vocab_size)
+        return Encoder(self.model, tokenizer, cuda_graphs=self.cuda_graphs)
 
     def from_strings(self, texts: list[str], tokenizer: PreTrainedTokenizerFast) -> Step:
         encoder = Encoder(self.model, tokenizer)
         return lambda: encoder.encode(texts, pooling="cls", show_progress_bar=False)
-
-
-Runner = Padded | Packed
 
 
 def neobert_config(shape: Shape) -> NeoBERTConfig:
@@ -182,7 +222,8 @@ def build(
     if checkpoint is None:
         raise ValueError(f"{contestant.name} needs a checkpoint, got None")
     if contestant.variant == "ours":
-        return Ours(NeoBERT.from_pretrained(checkpoint, dtype=dtype).to(device))
+        model = NeoBERT.from_pretrained(checkpoint, dtype=dtype).to(device)
+        return Ours(model, cuda_graphs=device.type == "cuda")
     plain: Any = PlainNeoBERT.load(checkpoint, dtype).to(device)
     if contestant.variant == "plain":
         return Padded(plain, device, "sdpa")

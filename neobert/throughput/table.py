@@ -22,8 +22,9 @@ bfloat16: they are the speed of an implementation, not of an architecture."""
 LEGEND = """\
 Live tokens alone are counted; in brackets, at real lengths, computed tokens over live ones.
 Lognormal: median 300, sigma 1.1; normal: mean of half the limit, deviation of an eighth; both
-clipped to the limit, texts in batches as they come. Queries have 4 to 32 tokens; on a GPU
-torch.compile answers them by CUDA graphs (mode reduce-overhead). For 8,192 tokens NeoBERT's
+clipped to the limit, texts in batches as they come. Queries have 4 to 32 tokens; on a GPU CUDA
+graphs answer them, torch.compile's (mode reduce-overhead) and those of Encoder(cuda_graphs=True),
+which takes them from the host and pools. For 8,192 tokens NeoBERT's
 max_length is raised from 4,096. MFU: the FLOP that the live tokens need (2 per weight of a matrix
 product and token, 4 · dim per layer and pair of tokens that attend; for NeoBERT 396.4 M + 86,016 ·
 length per token) per second, over the fastest large matrix product measured in the same process,
