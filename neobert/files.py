@@ -1,4 +1,4 @@
-"""Files of texts, a text a line, and of embeddings, a row a text."""
+"""Files of texts, a text a line, and of embeddings, a row a text; files written whole."""
 
 from __future__ import annotations
 
@@ -67,6 +67,20 @@ class NpyWriter:
         finally:
             self.file.close()
             self.unfinished.unlink(missing_ok=True)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file whole, on the disk, in place of an older one: whoever reads it, after a kill
+    too, finds the old text or the new. Raises OSError, and then the old one is still there."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")  # others may write theirs
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def read_records(lines: BinaryIO, name: str, field: str | None) -> Iterator[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 import uuid
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from tqdm.auto import tqdm
 
 from neobert.config import NeoBERTConfig
 from neobert.data import MaskedBatch
+from neobert.files import replace_file
 
 METRICS, PLOT, WANDB_RUN = "metrics.jsonl", "loss.png", "wandb-run"
 UNIGRAMS = "validation_unigram_entropy"
@@ -91,9 +91,7 @@ class Metrics:
     ):
         self.path = output / METRICS
         self.records = [r for r in read_metrics(output) if r["step"] <= step and step > 0]
-        unfinished = self.path.with_name(f".{METRICS}.unfinished")
-        unfinished.write_text("".join(json.dumps(record) + "\n" for record in self.records))
-        os.replace(unfinished, self.path)
+        replace_file(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
         self.file = open(self.path, "a")
         self.board = None
         if tensorboard:

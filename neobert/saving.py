@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import PreTrainedTokenizerBase
 
 from neobert.config import NeoBERTConfig
+from neobert.files import replace_file
 
 FOLDER = "checkpoints"
 OPTIMIZER, PROGRESS, DEEPSPEED = "optimizer.pt", "progress.json", "deepspeed"
@@ -132,15 +133,9 @@ def write_whole(final: Path, write: Callable[[Path], object]) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Write a file whole, in place of an older one. Raises SaveError if writing fails."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")  # others may write theirs
     try:
-        with open(aside, "w") as file:
-            file.write(json.dumps(value, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        replace_file(path, json.dumps(value, indent=2) + "\n")
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise SaveError(f"{path} could not be written ({error})") from error
 
 

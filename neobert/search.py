@@ -11,7 +11,6 @@ of 768 dimensions are 3 GB of memory, read once for each query.
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from neobert.encode import Encoder, Pooling, TruncationWarning
-from neobert.files import NpyWriter
+from neobert.files import NpyWriter, replace_file
 
 INDEX, TEXTS, EMBEDDINGS = "index.json", "texts.jsonl", "embeddings.npy"
 MOST_SCORES = 1 << 26  # held at once: 256 MiB of float32
@@ -184,7 +183,5 @@ def build_index(
                 writer.write(rows.cpu().numpy())
         if not writer.rows:
             raise ValueError(f"no text to index: {blank} blank ones")
-    unfinished = folder / f".{INDEX}.unfinished"
-    unfinished.write_text(json.dumps(asdict(settings), indent=1) + "\n")
-    os.replace(unfinished, folder / INDEX)
+    replace_file(folder / INDEX, json.dumps(asdict(settings), indent=1) + "\n")
     return writer.rows, blank

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -12,6 +11,8 @@ from typing import Any, TypeVar, cast
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from neobert.files import replace_file
 
 PRECISIONS = ("float32", "bfloat16")
 
@@ -104,12 +105,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def save_config(config: object, path: Path) -> None:
     """As a YAML file that `load` reads, whole: half of one would look like another run's."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        OmegaConf.save(OmegaConf.structured(config), aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    replace_file(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def check_same_run(path: Path, config: Config, may_change: Collection[str]) -> None:

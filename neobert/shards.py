@@ -22,6 +22,7 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from neobert.files import replace_file
 from neobert.text import TextTokenizer
 
 INDEX = "shards.json"
@@ -39,14 +40,8 @@ def is_prepared(path: str | Path) -> bool:
     return (Path(path) / INDEX).is_file()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replace the file as a whole: a reader sees the old content or the new, never a part."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with open(unfinished, "w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+def _write_index(directory: Path, index: dict[str, Any]) -> None:
+    replace_file(directory / INDEX, json.dumps(index, indent=1))
 
 
 def prepare(
@@ -91,7 +86,7 @@ def prepare(
     else:
         directory.mkdir(parents=True, exist_ok=True)
         tokenizer.save_pretrained(directory)
-        write_json(directory / INDEX, index)
+        _write_index(directory, index)
     if not index["complete"]:
         with tqdm(
             total=total,
@@ -105,7 +100,7 @@ def prepare(
         index["complete"] = True
         if not index["shards"]:
             raise ValueError(f"there is no token in the texts of {source}")
-        write_json(directory / INDEX, index)
+        _write_index(directory, index)
     return TokenShards(directory)
 
 
@@ -150,7 +145,7 @@ def _write_shard(
     index["shards"].append(entry)
     index["position"] = position
     index["texts"] += texts
-    write_json(directory / INDEX, index)
+    _write_index(directory, index)
 
 
 def _fingerprint(tokenize: TextTokenizer) -> int:

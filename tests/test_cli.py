@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from neobert.cli import app
 from neobert.encode import Encoder
-from neobert.files import InputError, NpyWriter, count_lines, read_texts
+from neobert.files import InputError, NpyWriter, count_lines, read_texts, replace_file
 from tests.tiny import HIDDEN_SIZE, MAX_LENGTH, write_tiny_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -207,6 +207,22 @@ def test_signal_handlers_are_restored(tmp_path, checkpoint):
     run("encode", "--model", checkpoint, "--input", tmp_path / "texts.txt",
         "--output", tmp_path / "out.npy")  # fmt: skip
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    replace_file(path, "old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            replace_file(path, "new")
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+    replace_file(path, "new \u00e9")
+    assert path.read_text("utf-8") == "new \u00e9" and os.listdir(tmp_path) == ["a.txt"]
 
 
 @pytest.mark.parametrize("sizes", [[], [3], [1, 0, 2], [5000, 6000]])
