@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -58,30 +59,18 @@ def pretrain(
     pretrain …`. SIGTERM saves a checkpoint and stops; the same command goes on from there.
     """
     try:
-        from accelerate import PartialState
-        from omegaconf import OmegaConf
-        from transformers.utils.logging import disable_progress_bar
-
         from neobert.pretrain import pretrain as run
         from neobert.recipes import load_config
-        from neobert.saving import SaveError
     except ImportError as error:
         raise need_extra(error, *EXTRA) from error
     given = [f"data={[{'path': path} for path in data]}"] if data else []
     given += [f"output={output}"] if output else []
-    try:
-        settings = load_config(preset, config, [*given, *(overrides or [])])
-        if show:
-            typer.echo(OmegaConf.to_yaml(OmegaConf.structured(settings)), nl=False)
-            return
-        disable_progress_bar()  # transformers', for writing and loading weights
-        result = run(settings)
-    except (ValueError, FileNotFoundError, SaveError, RuntimeError) as error:
-        raise fail(error) from error
-    if PartialState().is_main_process:
-        typer.echo(f"step {result.step}: loss {result.loss:.4f}, checkpoint {result.checkpoint}")
-    if result.stopped_by:
-        raise typer.Exit(128 + result.stopped_by)
+    _train(
+        lambda: load_config(preset, config, [*given, *(overrides or [])]),
+        run,
+        lambda result: f"loss {result.loss:.4f}, checkpoint {result.checkpoint}",
+        show,
+    )
 
 
 def contrastive(
@@ -136,20 +125,36 @@ def contrastive(
     finished model, in OUTPUT/model, is a folder for sentence-transformers and `neobert encode`.
     """
     try:
-        from accelerate import PartialState
-        from omegaconf import OmegaConf
-        from transformers.utils.logging import disable_progress_bar
-
         from neobert.contrastive import contrastive as run
         from neobert.contrastive_recipes import load_config
-        from neobert.saving import SaveError
     except ImportError as error:
         raise need_extra(error, *EXTRA) from error
     given = [f"data={[{'path': path} for path in data]}"] if data else []
     given += [f"start_from={start_from}"] if start_from else []
     given += [f"output={output}"] if output else []
+    _train(
+        lambda: load_config(preset, config, [*given, *(overrides or [])]),
+        run,
+        lambda result: (
+            f"loss {result.loss:.4f}, accuracy {result.accuracy:.4f}, "
+            + (f"model {result.model}" if result.model else f"checkpoint {result.checkpoint}")
+        ),
+        show,
+    )
+
+
+def _train(
+    load: Callable[[], Any], run: Callable[[Any], Any], say: Callable[[Any], str], show: bool
+) -> None:
+    """What a training command does with settings: show them, or run them and `say` the result."""
+    from accelerate import PartialState
+    from omegaconf import OmegaConf
+    from transformers.utils.logging import disable_progress_bar
+
+    from neobert.saving import SaveError
+
     try:
-        settings = load_config(preset, config, [*given, *(overrides or [])])
+        settings = load()
         if show:
             typer.echo(OmegaConf.to_yaml(OmegaConf.structured(settings)), nl=False)
             return
@@ -158,10 +163,7 @@ def contrastive(
     except (ValueError, FileNotFoundError, SaveError, RuntimeError) as error:
         raise fail(error) from error
     if PartialState().is_main_process:
-        typer.echo(
-            f"step {result.step}: loss {result.loss:.4f}, accuracy {result.accuracy:.4f}, "
-            + (f"model {result.model}" if result.model else f"checkpoint {result.checkpoint}")
-        )
+        typer.echo(f"step {result.step}: {say(result)}")
     if result.stopped_by:
         raise typer.Exit(128 + result.stopped_by)
 
