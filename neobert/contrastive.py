@@ -277,12 +277,7 @@ def embedded(
     """(sequences, dim) float32, the means over each sequence's tokens."""
     batch = packed.to(device, non_blocking=True)
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-        hidden = model(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.positions[None],
-            cu_seqlens=batch.cu_seqlens,
-            max_seqlen=batch.max_seqlen,
-        ).last_hidden_state[0]
+        hidden = model(**batch.inputs()).last_hidden_state[0]
     return pool(hidden, batch.cu_seqlens)
 
 

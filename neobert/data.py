@@ -77,14 +77,8 @@ class MaskedBatch:
     def inputs(self) -> dict[str, Any]:
         """Arguments of `NeoBERTLMHead.forward`. What the model makes of tokens that are not
         masked is not asked for."""
-        return {
-            "input_ids": self.packed.input_ids[None],
-            "position_ids": self.packed.positions[None],
-            "cu_seqlens": self.packed.cu_seqlens,
-            "max_seqlen": self.packed.max_seqlen,
-            "tokens_to_keep": self.rows,
-            "labels": self.labels[None],
-        }
+        predicted = {"tokens_to_keep": self.rows, "labels": self.labels[None]}
+        return {**self.packed.inputs(), **predicted}
 
     def padded_inputs(self, pad_id: int) -> dict[str, Any]:
         """The same sequences as (sequences, longest) arrays with padding, for comparison."""

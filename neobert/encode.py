@@ -381,12 +381,7 @@ class Encoder:
         if self._prepared is not None:
             hidden = self._prepared(batch)
         else:
-            hidden = self.model(
-                input_ids=batch.input_ids[None],
-                position_ids=batch.positions[None],
-                cu_seqlens=batch.cu_seqlens,
-                max_seqlen=batch.max_seqlen,
-            ).last_hidden_state[0]
+            hidden = self.model(**batch.inputs()).last_hidden_state[0]
         rows = pool(hidden, batch.cu_seqlens, pooling)
         return unit_length(rows) if normalize else rows
 

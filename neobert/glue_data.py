@@ -255,13 +255,7 @@ class LabelledBatch:
 
     def inputs(self) -> dict[str, Any]:
         """Arguments of `NeoBERTForSequenceClassification.forward`."""
-        return {
-            "input_ids": self.packed.input_ids[None],
-            "position_ids": self.packed.positions[None],
-            "cu_seqlens": self.packed.cu_seqlens,
-            "max_seqlen": self.packed.max_seqlen,
-            "labels": self.labels,
-        }
+        return {**self.packed.inputs(), "labels": self.labels}
 
     def padded_inputs(self, pad_id: int) -> dict[str, Any]:
         """The same sequences as (sequences, longest) arrays with padding, for comparison."""

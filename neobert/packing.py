@@ -12,6 +12,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,6 +50,15 @@ class PackedBatch:
             self.cu_seqlens.to(device, non_blocking=non_blocking),
             self.max_seqlen,
         )
+
+    def inputs(self) -> dict[str, Any]:
+        """Arguments of `NeoBERT.forward`."""
+        return {
+            "input_ids": self.input_ids[None],
+            "position_ids": self.positions[None],
+            "cu_seqlens": self.cu_seqlens,
+            "max_seqlen": self.max_seqlen,
+        }
 
 
 def pack(sequences: Iterable[Sequence[int] | np.ndarray]) -> PackedBatch:

@@ -227,11 +227,7 @@ class Scorer:
         device = self.model.device
         batch = batch.to(device, non_blocking=True)
         logits = self.model(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.positions[None],
-            cu_seqlens=batch.cu_seqlens,
-            max_seqlen=batch.max_seqlen,
-            tokens_to_keep=rows.to(device, non_blocking=True),
+            **batch.inputs(), tokens_to_keep=rows.to(device, non_blocking=True)
         ).logits[0]
         return F.cross_entropy(logits.float(), labels.to(device), reduction="none")
 

@@ -54,12 +54,7 @@ def random_batch(lengths: list[int], vocab_size: int) -> PackedBatch:
 @torch.inference_mode()
 def embed(encoder: NeoBERT, batch: PackedBatch) -> Tensor:
     """(sequences, dim) as `Encoder` computes them."""
-    hidden = encoder(
-        input_ids=batch.input_ids[None],
-        position_ids=batch.positions[None],
-        cu_seqlens=batch.cu_seqlens,
-        max_seqlen=batch.max_seqlen,
-    ).last_hidden_state[0]
+    hidden = encoder(**batch.inputs()).last_hidden_state[0]
     return pool(hidden, batch.cu_seqlens)
 
 

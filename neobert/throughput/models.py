@@ -156,13 +156,7 @@ class Ours(Packed):
 
     def __init__(self, model: NeoBERT, cuda_graphs: bool = False):
         def forward(batch: PackedBatch) -> Tensor:
-            output = model(
-                input_ids=batch.input_ids[None],
-                position_ids=batch.positions[None],
-                cu_seqlens=batch.cu_seqlens,
-                max_seqlen=batch.max_seqlen,
-            )
-            return output.last_hidden_state[0]
+            return model(**batch.inputs()).last_hidden_state[0]
 
         device = model.device
         super().__init__(forward, device, "varlen_attention", MAX_TOKENS[device.type])
