@@ -98,7 +98,8 @@ def check_bits(dtype: torch.dtype) -> None:
         for a, b in zip(again, together, strict=True):
             assert torch.equal(a, b[at]), f"{what}, {dtype}"
 
-    for count in (1, 2, 3, 7, 13, 14, 15, 16, 29, 127, 200):
+    # The kernel takes another way through memory up to 64 rows, and cuts up x from more than that.
+    for count in (1, 2, 3, 7, 8, 13, 14, 15, 16, 29, 31, 63, 64, 65, 127, 200):
         for start in (0, 1, 17, 200):
             assert_same(slice(start, start + count), f"rows {start} to {start + count}")
     threads = torch.get_num_threads()
@@ -117,6 +118,24 @@ def test_bits_depend_on_the_row_alone(dtype):
     if dtype in module.PYTORCH_GEMM_DTYPES:
         pytest.skip(f"PyTorch's GEMM serves {dtype} on this CPU")
     check_bits(dtype)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("width", "in_features"), [(192, 2048), (130, 768)])
+def test_a_row_has_the_same_bits_among_few_tokens_and_many(width, in_features, dtype):
+    """The model's own sums, of one panel of weight and of several, ragged and not."""
+    if dtype in module.PYTORCH_GEMM_DTYPES:
+        pytest.skip(f"PyTorch's GEMM serves {dtype} on this CPU")
+    x, weight = operands(300, width, in_features, dtype)
+    for residual in (None, torch.randn(300, width), torch.randn(300, width).to(dtype)):
+        many = linear(x, weight, residual)
+        for tokens in (1, 8, 31, 64, 65):
+            few = linear(x[:tokens], weight, None if residual is None else residual[:tokens])
+            assert torch.equal(few, many[:tokens]), f"{tokens} tokens"
+    many = linear_swiglu(x, weight)
+    for tokens in (1, 8, 31, 64, 65):
+        assert torch.equal(linear_swiglu(x[:tokens], weight), many[:tokens]), f"{tokens} tokens"
 
 
 def test_a_column_depends_on_its_row_of_weight_alone():

@@ -154,7 +154,20 @@ void load_square(Matrix<X> m, int64_t row, int rows, int64_t element, int64_t en
 // columns past them are zeros.
 template <class Lane, class X>
 void pack(Matrix<X> weight, int64_t row, int rows, int64_t begin, int64_t end, float* panel) {
-  for (int64_t at = begin; at < end; at += kWidth * Lane::kPerLane) {
+  constexpr int64_t kElements = kWidth * Lane::kPerLane;
+  // Whole squares without a test per row: the fewer instructions, the more cache misses of the rows
+  // to come are under way at a time.
+  if (rows == kWidth && !weight.transposed())
+    for (; begin + kElements <= end; begin += kElements) {
+      const X* const from = weight.at(row, begin);
+      Vec v[kWidth];
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i) v[i] = Lane::load_lanes(from + i * weight.row);
+      transpose(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i, panel += kCols) store(panel, v[i]);
+    }
+  for (int64_t at = begin; at < end; at += kElements) {
     Vec v[kWidth];
     load_square<Lane>(weight, row, rows, at, end, v);
     if (!weight.transposed()) transpose(v);
@@ -186,14 +199,30 @@ void copy_block(Matrix<X> x, int64_t row, int64_t rows, int64_t begin, int64_t e
   }
 }
 
-// Memory to bring into the second-level cache while the arithmetic units are busy: `count` pieces
-// of kPiece bytes, which is a row of a block, `step` bytes apart.
+// Memory to bring into the second-level cache while the arithmetic units are busy: `count` times
+// `bytes` at one place, and at a second where there is one, each time `step` bytes further.
 struct Ahead {
-  static constexpr int64_t kLanes = kBlock / 16;  // multiplied per piece: enough for kRows pieces
-  static constexpr int64_t kPiece = kBlock * sizeof(float);
+  static constexpr int64_t kPieces = 16;  // fetched per block: enough for kRows
+  static constexpr int64_t kLanes = kBlock / kPieces;
+  static constexpr int64_t kPiece = kBlock * sizeof(float);  // a row of a block
   const char* at = nullptr;
   int64_t step = 0;
   int64_t count = 0;
+  int64_t bytes = kPiece;
+  const char* second = nullptr;
+
+  void fetch() {
+    if (count <= 0) return;
+    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(at + i, _MM_HINT_T1);
+    if (second != nullptr)
+      for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(second + i, _MM_HINT_T1);
+    skip(1);
+  }
+  void skip(int64_t pieces) {
+    at += pieces * step;
+    if (second != nullptr) second += pieces * step;
+    count -= pieces;
+  }
 };
 
 // tile[r][c] (+)= sum over k of block[r][k] * panel[k][c]; sets it where `first`.
@@ -205,10 +234,7 @@ void multiply_tile(const float* block, int64_t lanes, const float* panel, bool f
 #pragma GCC unroll 16
   for (int r = 0; r < kTileRows; ++r) acc[r][0] = acc[r][1] = zero();
   for (const float* const end = block + lanes; block < end;) {
-    if (ahead.count-- > 0) {
-      for (int64_t i = 0; i < Ahead::kPiece; i += 64) _mm_prefetch(ahead.at + i, _MM_HINT_T1);
-      ahead.at += ahead.step;
-    }
+    ahead.fetch();
     for (const float* const stop = std::min(end, block + Ahead::kLanes); block < stop; ++block) {
       _mm_prefetch(panel + kPanelAhead * kCols, _MM_HINT_T0);
       if constexpr (kCols * sizeof(float) > 64)

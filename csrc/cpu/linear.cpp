@@ -25,6 +25,8 @@ constexpr int64_t kTransposedTiles = 8;
 constexpr int64_t kTile = kRows * kCols;
 // A task of fewer rows would spend more than 3 % of its time transposing the weight.
 constexpr int64_t kMinChunk = 12 * kRows;
+// Of no more tokens a thread keeps a copy in its second-level cache, and no panel: see run_few.
+constexpr int64_t kFewTokens = 64;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -75,6 +77,7 @@ struct Product {
   const Epilogue& epilogue;
 
   int64_t panels = ceil_div(columns.width, columns.step);
+  int64_t blocks = std::max<int64_t>(1, ceil_div(in_features, kElements));
   int64_t slabs = ceil_div(in_features, kMaxSlab * kElements);
   int64_t slab = ceil_div(in_features, std::max<int64_t>(1, slabs) * kElements) * kElements;
   int64_t panel_floats = lanes_of<Lane>(std::min(slab, in_features)) * kCols;
@@ -101,6 +104,8 @@ struct Product {
     const int64_t threads = torch::stable::get_num_threads();
     split(threads);
     const int64_t tasks = groups * chunks;
+    if (tokens <= kFewTokens && !x.transposed() && !weight.transposed())
+      return run_few(std::min(threads, tasks), tasks);
     const int64_t panel_memory = ceil_div(panels, groups) * panel_floats;
     const int64_t waiting =
         waits() ? ceil_div(ceil_div(tokens, chunks), kRows) * ceil_div(panels, groups) : 0;
@@ -131,6 +136,60 @@ struct Product {
         } while (at < in_features);
       }
     });
+  }
+
+  // Of few tokens the time is that of reading the weight, once: a panel written to the second-level
+  // cache and read back would add to it. So a block of a panel at a time is packed, into the
+  // first-level cache, and multiplied while the next panel is fetched, in the order of memory.
+  void run_few(int64_t threads, int64_t tasks) const {
+    const int64_t tiles = ceil_div(tokens, kRows), block_floats = tokens * kBlockStride;
+    const int64_t floats = kBlock * kCols + tiles * kTile + blocks * block_floats;
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+      float* const panel = thread_memory(floats);
+      float* const sums = panel + kBlock * kCols;
+      float* const copy = sums + tiles * kTile;
+      for (int64_t b = 0; b < blocks; ++b)
+        copy_block<Lane>(x, 0, tokens, b * kElements, std::min(in_features, (b + 1) * kElements),
+                         copy + b * block_floats);
+      for (int64_t task = next++, following; task < tasks; task = following) {
+        following = next++;
+        const int64_t after = following < tasks ? first_panel(following) : panels;
+        for (int64_t p = first_panel(task), end = first_panel(task + 1); p < end; ++p)
+          multiply_few(p, p + 1 < end ? p + 1 : after, panel, copy, sums);
+      }
+    });
+  }
+
+  // The tiles of panel p and all tokens, whose copy is one block after another. Fetches panel
+  // `after`, if there is one.
+  void multiply_few(int64_t p, int64_t after, float* panel, const float* copy, float* sums) const {
+    const int64_t tiles = ceil_div(tokens, kRows);
+    const auto first_row = [&](int64_t t) { return tokens * t / tiles; };
+    const int64_t column = p * columns.step;
+    Ahead ahead;
+    if (after < panels && weight.row == in_features) {
+      const int64_t row = after * columns.step;
+      const int64_t bytes = kWidth * in_features * int64_t{sizeof(X)};
+      const int64_t pieces = blocks * tiles * Ahead::kPieces;
+      ahead.bytes = ahead.step = ceil_div(bytes, pieces * 64) * 64;
+      ahead.count = ahead.bytes > 0 ? ceil_div(bytes, ahead.bytes) : 0;
+      ahead.at = reinterpret_cast<const char*>(weight.at(row, 0));
+      ahead.second = reinterpret_cast<const char*>(weight.at(row + columns.offset, 0));
+    }
+    for (int64_t b = 0; b < blocks; ++b, copy += tokens * kBlockStride) {
+      const int64_t begin = b * kElements, end = std::min(in_features, begin + kElements);
+      pack_panel(p, begin, end, panel);
+      for (int64_t t = 0; t < tiles; ++t) {
+        float* const tile = sums + t * kTile;
+        const int64_t row = first_row(t), rows = first_row(t + 1) - row;
+        const int64_t lanes = lanes_of<Lane>(end - begin);
+        kTileFns<Lane>[rows - 1](copy + row * kBlockStride, lanes, panel, b == 0, tile, ahead);
+        ahead.skip(ceil_div(lanes, Ahead::kLanes));
+        if (b + 1 == blocks)
+          epilogue(tile, row, rows, column, std::min(columns.step, columns.width - column));
+      }
+    }
   }
 
   void pack_panel(int64_t p, int64_t begin, int64_t end, float* panel) const {
@@ -170,11 +229,7 @@ struct Product {
             kTileFns<Lane>[first_row(i + 1) - first_row(i) - 1](
                 block + (first_row(i) - row) * kBlockStride, lanes, panel, at == 0,
                 sums + ((i - t) * count + p) * kTile, ahead);
-          if (p > 0) {
-            const int64_t pieces = ceil_div(lanes, Ahead::kLanes);
-            weights.at += pieces * weights.step;
-            weights.count -= pieces;
-          }
+          if (p > 0) weights.skip(ceil_div(lanes, Ahead::kLanes));
           ahead = weights;
         }
       }
