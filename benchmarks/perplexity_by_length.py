@@ -23,7 +23,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from neobert.machine import commit, machine
 from neobert.metrics import read_metrics
-from neobert.perplexity import Score, Scorer, mean_perplexity, plot_by_length
+from neobert.perplexity import Scorer
+from neobert.perplexity_scores import Score, mean_perplexity, plot_by_length
 from neobert.pretrain import pretrain
 from neobert.recipes import load_config
 

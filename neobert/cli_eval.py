@@ -244,8 +244,8 @@ def perplexity(
         from transformers.utils.logging import disable_progress_bar
 
         from neobert.corpus import Source, open_texts, text_batches
-        from neobert.perplexity import (
-            Scorer,
+        from neobert.perplexity import Scorer
+        from neobert.perplexity_scores import (
             mean_perplexity,
             plot_by_length,
             read_scores,

@@ -11,10 +11,8 @@ attention, and logits are made.
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from neobert.config import NeoBERTConfig
 from neobert.encode import MAX_TOKENS, check_model_name, device_and_dtype
 from neobert.model import NeoBERTLMHead
 from neobert.packing import PackedBatch, pack
+from neobert.perplexity_scores import Score
 from neobert.randomness import POSITIONS, random_generator
 from neobert.text import TextTokenizer
 
@@ -50,46 +49,6 @@ class Document:
     places: np.ndarray
     maskable: int
     truncated: bool = False
-
-
-@dataclass(frozen=True)
-class Score:
-    """The pseudo-perplexity of one document.
-
-    document: its number. tokens: its length, special tokens included. truncated: see `Document`.
-    masked: how many tokens were masked, of `maskable`.
-    loss: mean cross entropy of the masked tokens, nats.
-    loss_standard_error: of `loss` as an estimate of the mean over all maskable tokens; 0 if all
-        were masked.
-    perplexity: exp(loss); perplexity_standard_error: perplexity * loss_standard_error, its first
-        order (the delta method). To second order a sampled perplexity is also too large, on
-        average by half the relative error squared.
-    """
-
-    document: int
-    tokens: int
-    masked: int
-    maskable: int
-    loss: float
-    loss_standard_error: float
-    perplexity: float
-    perplexity_standard_error: float
-    truncated: bool
-
-    @classmethod
-    def of(cls, document: Document, losses: np.ndarray) -> Score:
-        """losses: (masked,) nats of a simple random sample without replacement, or of all."""
-        losses = losses.astype(np.float64)
-        masked, maskable = len(losses), document.maskable
-        error = 0.0
-        if masked < maskable:
-            error = math.sqrt(losses.var(ddof=1) / masked * (1 - masked / maskable))
-        loss = float(losses.mean())
-        perplexity = math.exp(loss)
-        return cls(
-            document.number, len(document.ids), masked, maskable, loss, error, perplexity,
-            perplexity * error, document.truncated,
-        )  # fmt: skip
 
 
 class Scorer:
@@ -281,85 +240,3 @@ def masked_batches(
             room -= masked.size
     if copies:
         yield batch()
-
-
-def score_line(score: Score) -> str:
-    """A score as a line of JSON."""
-    return json.dumps(asdict(score)) + "\n"
-
-
-def read_scores(path: Path) -> list[Score]:
-    """The scores in a JSONL file; of a last line that was cut short nothing is read."""
-    whole = path.read_bytes().rpartition(b"\n")[0]
-    return [Score(**json.loads(line)) for line in whole.splitlines()]
-
-
-def resume(path: Path, settings: Mapping[str, Any]) -> list[Score]:
-    """The scores that an interrupted run left in `path`; the file then ends with a whole line.
-
-    settings: what the scores depend on, as JSON holds it. They are beside the file, in
-        <name>.settings.json, from the run's beginning on.
-    Raises ValueError if the file was begun with others.
-    """
-    beside = path.with_suffix(".settings.json")
-    if not path.exists():
-        beside.write_text(json.dumps(settings, indent=1) + "\n")
-        return []
-    begun = json.loads(beside.read_text()) if beside.exists() else {}
-    changed = [
-        f"{name} was {begun.get(name)!r} and is {settings.get(name)!r}"
-        for name in dict.fromkeys([*begun, *settings])
-        if begun.get(name) != settings.get(name)
-    ]
-    if changed:
-        raise ValueError(f"{path} holds a run with other settings: {'; '.join(changed)}")
-    scores = read_scores(path)
-    with open(path, "r+b") as file:
-        file.truncate(file.read().rfind(b"\n") + 1)
-    return scores
-
-
-def mean_perplexity(scores: Sequence[Score]) -> float:
-    """exp of the mean loss of all masked tokens of all documents."""
-    masked = sum(score.masked for score in scores)
-    return math.exp(sum(score.loss * score.masked for score in scores) / masked)
-
-
-def means_by_length(scores: Sequence[Score]) -> list[tuple[float, float]]:
-    """(mean length in tokens, geometric mean of the perplexities) of documents of like length: of
-    one length where several have each, else between one power of 2 and the next."""
-    lengths = np.array([score.tokens for score in scores])
-    losses = np.array([score.loss for score in scores])
-    several = np.unique(lengths, return_counts=True)[1].min() > 1
-    groups = lengths if several else np.ceil(np.log2(lengths))
-    return [
-        (float(lengths[groups == group].mean()), math.exp(losses[groups == group].mean()))
-        for group in np.unique(groups)
-    ]
-
-
-def plot_by_length(
-    curves: Mapping[str, Sequence[Score]], path: Path, trained_length: int | None = None
-) -> None:
-    """Draw Figures 2 and 6: a point for each document, and `means_by_length` as a line.
-
-    trained_length: tokens of the longest sequence seen in training, drawn as a line.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for number, (name, scores) in enumerate(curves.items()):
-        color = f"C{number}"
-        lengths = np.array([score.tokens for score in scores])
-        losses = np.array([score.loss for score in scores])
-        axes.plot(lengths, np.exp(losses), ".", color=color, alpha=0.35, markersize=4)
-        axes.plot(*zip(*means_by_length(scores), strict=True), "o-", color=color, label=name)
-    if trained_length is not None:
-        axes.axvline(trained_length, color="grey", linestyle="--", label="longest in training")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set(xlabel="tokens of the text", ylabel="pseudo-perplexity")
-    axes.legend()
-    axes.grid(alpha=0.3, which="both")
-    figure.savefig(path, dpi=120)

@@ -12,11 +12,9 @@ from typer.testing import CliRunner
 
 from neobert import perplexity as perplexity_module
 from neobert.cli import app
-from neobert.perplexity import (
-    Document,
+from neobert.perplexity import Document, Scorer, masked_batches
+from neobert.perplexity_scores import (
     Score,
-    Scorer,
-    masked_batches,
     mean_perplexity,
     means_by_length,
     read_scores,
