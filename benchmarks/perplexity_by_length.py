@@ -98,7 +98,7 @@ def main(path: Path, run: Path, steps: int = 1500) -> None:
         },
         "perplexity": {
             name: {
-                str(n): round(mean_perplexity([each for each in scores if each.tokens == n]), 2)
+                str(n): round(mean_perplexity([each for each in scores if each.tokens == n])[0], 2)
                 for n in sorted({each.tokens for each in scores})
             }
             for name, scores in curves.items()

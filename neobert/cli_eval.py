@@ -297,10 +297,12 @@ def perplexity(
         raise typer.Exit(stopped.exit_code) from None
     except (ValueError, OSError) as error:
         raise fail(error) from error
-    masked = sum(score.masked for score in scores)
+    masked, maskable = (sum(getattr(s, name) for s in scores) for name in ("masked", "maskable"))
+    mean, standard_error = mean_perplexity(scores)
+    plus_minus = f" ± {standard_error:.4f}" if masked < maskable else ""
     typer.echo(
-        f"{len(scores):,} documents, {masked:,} tokens masked: pseudo-perplexity "
-        f"{mean_perplexity(scores):.4f} over all of them; written to {output}"
+        f"{len(scores):,} documents, {masked:,} of {maskable:,} tokens masked: pseudo-perplexity "
+        f"{mean:.4f}{plus_minus} over all of them; written to {output}"
     )
     for count, what in (
         (passed_over, f"shorter than {min_tokens} tokens and passed over"),

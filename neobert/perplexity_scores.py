@@ -91,10 +91,16 @@ def resume(path: Path, settings: Mapping[str, Any]) -> list[Score]:
     return scores
 
 
-def mean_perplexity(scores: Sequence[Score]) -> float:
-    """exp of the mean loss of all masked tokens of all documents."""
-    masked = sum(score.masked for score in scores)
-    return math.exp(sum(score.loss * score.masked for score in scores) / masked)
+def mean_perplexity(scores: Sequence[Score]) -> tuple[float, float]:
+    """exp of the mean loss of all maskable tokens of all documents, and its standard error.
+
+    A document counts by its maskable tokens, however many of them were masked: it is a stratum of
+    a stratified sample, of whose mean the documents' errors, which are independent, make the error.
+    """
+    maskable = sum(score.maskable for score in scores)
+    loss = sum(score.loss * score.maskable for score in scores) / maskable
+    error = math.hypot(*(score.loss_standard_error * score.maskable for score in scores)) / maskable
+    return math.exp(loss), math.exp(loss) * error
 
 
 def means_by_length(scores: Sequence[Score]) -> list[tuple[float, float]]:

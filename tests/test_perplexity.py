@@ -246,7 +246,9 @@ def test_the_command_goes_on_after_an_interruption(tmp_path, checkpoint, monkeyp
     assert scores[: len(kept)] == kept and [score.document for score in scores] == [1, 2, 3, 4, 5]
     fresh = tmp_path / "fresh.jsonl"
     code, said = run(*(fresh if word == output else word for word in command))
-    assert code == 0 and "pseudo-perplexity" in said
+    assert code == 0
+    mean, error = mean_perplexity(read_scores(fresh))
+    assert f"pseudo-perplexity {mean:.4f} ± {error:.4f} over all of them" in said and error > 0
     for one, other in zip(read_scores(fresh), scores, strict=True):
         assert one.loss == pytest.approx(other.loss, rel=1e-6)
     code, said = run(*command, "--seed", 1)
@@ -283,4 +285,27 @@ def test_means():
     expected = [(32, math.exp(1)), (48, math.exp(4)), (65, math.exp(2))]
     np.testing.assert_allclose(means_by_length(mixed), expected)
     # Over all tokens: a long document counts more.
-    assert mean_perplexity(scores_of((4, 2, 1.0), (8, 6, 3.0))) == pytest.approx(math.exp(2.5))
+    mean, error = mean_perplexity(scores_of((4, 2, 1.0), (8, 6, 3.0)))
+    assert mean == pytest.approx(math.exp(2.5)) and error == 0
+
+
+def test_the_mean_of_sampled_documents_estimates_that_of_all_their_tokens():
+    """Of documents of unlike lengths, of which equally many tokens are masked: over many draws the
+    mean is that of all tokens, and the stated standard error is the spread seen."""
+    generator = np.random.default_rng(2)
+    losses = [generator.gamma(2.0, scale, n) for scale, n in ((0.2, 30), (0.6, 200), (1.0, 12))]
+    documents = [
+        Document(i, np.zeros(len(each) + 2, int), np.arange(1, len(each) + 1), len(each))
+        for i, each in enumerate(losses)
+    ]
+    drawn = []
+    for _ in range(2000):
+        chosen = [generator.choice(each, 10, replace=False) for each in losses]
+        scores = [Score.of(*pair) for pair in zip(documents, chosen, strict=True)]
+        drawn.append(mean_perplexity(scores))
+    means, errors = np.array(drawn).T
+    truth = math.exp(np.concatenate(losses).mean())
+    # A convex function of an unbiased estimate: too large by half the relative error squared.
+    bias = truth * np.log(means).var() / 2
+    assert means.mean() == pytest.approx(truth + bias, abs=4 * means.std() / 2000**0.5)
+    assert np.sqrt((errors**2).mean()) == pytest.approx(means.std(), rel=0.1)
