@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -235,6 +236,7 @@ def perplexity(
     progress: Progress = None,
 ) -> None:
     """Pseudo-perplexity of each document: every token masked once, alone (paper, §5.3, App. E).
+    Special tokens in a text, [UNK] above all, are read and counted and never masked.
 
     Costs a forward pass for each token: --positions 100 estimates it, with a standard error. A
     finished document's line is never lost; the same command goes on after an interruption.
@@ -310,3 +312,13 @@ def perplexity(
     ):
         if count:
             typer.echo(f"{count:,} documents were {what}", err=True)
+    special: Counter[str] = sum((Counter(score.special) for score in scores), Counter())
+    if special:
+        which = ", ".join(f"{count:,} {name}" for name, count in special.most_common())
+        typer.echo(f"special tokens in the texts, read but not scored: {which}", err=True)
+    if literal := sum(scorer.mask_name in score.special for score in scores):
+        typer.echo(
+            f"{literal:,} documents spell out {scorer.mask_name}: it is a second mask in each of "
+            "their copies",
+            err=True,
+        )

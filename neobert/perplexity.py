@@ -2,17 +2,23 @@
 
     P = exp(mean of l_i),  l_i = -log p(token i | all other tokens)      (paper, §5.3 and App. E)
 
-Each token of the text is masked once, alone, in a copy of its own; [CLS] and [SEP] are in every
-copy and never masked. So a text of n tokens is n sequences, and what they cost grows with n². They
-are live tokens all: copies of one document and of the next are packed end to end into batches of a
-token budget. Of each copy one row is asked for: for it alone the last block goes on after its
-attention, and logits are made.
+Each token of the text is masked once, alone, in a copy of its own, but for special tokens. They are
+in every copy and never masked, as in training they are never predicted (`Masking`): the [CLS] and
+[SEP] around the text, an [UNK] for characters that the vocabulary lacks, and names of special
+tokens that a text spells out, which the tokenizer reads as such. Of those, a [MASK] is in every
+copy beside the copy's own. Those within a text are counted, document by document.
+
+So a text of n tokens is n sequences, and what they cost grows with n². They are live tokens all:
+copies of one document and of the next are packed end to end into batches of a token budget. Of each
+copy one row is asked for: for it alone the last block goes on after its attention, and logits are
+made.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +47,7 @@ class Document:
     number: its place in its source, from 1.
     ids: (tokens,) int64, special tokens included.
     places: (masked,) int64, the places in `ids` that are masked, ascending; `maskable` could be.
+    special: how many of each special token are in the text itself, by name.
     truncated: whether the text was longer.
     """
 
@@ -48,6 +55,7 @@ class Document:
     ids: np.ndarray
     places: np.ndarray
     maskable: int
+    special: dict[str, int] = field(default_factory=dict)
     truncated: bool = False
 
 
@@ -72,6 +80,9 @@ class Scorer:
             raise ValueError(f"the tokenizer has no [MASK]: {tokenizer.special_tokens_map}")
         self.model = model.eval()
         self.mask_id: int = tokenizer.mask_token_id
+        names = tokenizer.convert_ids_to_tokens(tokenizer.all_special_ids)
+        self.special: dict[int, str] = dict(zip(tokenizer.all_special_ids, names, strict=True))
+        self.mask_name = self.special[self.mask_id]
         self.tokenize = TextTokenizer(tokenizer)
         if self.tokenize.vocab_size > model.config.vocab_size:
             raise ValueError(
@@ -133,9 +144,9 @@ class Scorer:
         name: what errors call the source.
         positions: how many tokens of each text to mask, drawn without replacement by
             (seed, number); None, or more than a text has, is all of them.
-        min_tokens: pass over texts of fewer tokens, special tokens not counted.
-        Raises ValueError that names the document if, without min_tokens, a text is empty or of one
-        token: nothing would predict it.
+        min_tokens: pass over texts of fewer tokens, special tokens not counted, [UNK] among them.
+        Raises ValueError that names the document if, without min_tokens, a text has no such token
+        or a single one: nothing would predict it.
         """
         if positions is not None and positions < 2:
             raise ValueError(f"positions must be at least 2 (for an error bar), got {positions}")
@@ -145,20 +156,25 @@ class Scorer:
         passed_over = 0
         for number, text in enumerate(texts, 1):
             (ids,), truncated = self.tokenize([text], self.max_length)
-            maskable = len(ids) - self.tokenize.num_special
+            inside = range(len(self.tokenize.prefix), len(ids) - len(self.tokenize.suffix))
+            places = np.array([i for i in inside if ids[i] not in self.special], np.int64)
+            maskable = len(places)
             if maskable < (min_tokens or 2):
                 if min_tokens is not None:
                     passed_over += 1
                     continue
                 raise ValueError(
                     f"{name}, document {number}: pseudo-perplexity needs a text of at least 2 "
-                    f"tokens, got {maskable} ({text!r:.40}); min_tokens=2 passes such texts over"
+                    f"tokens, special ones like [UNK] not counted, got {maskable} ({text!r:.40}); "
+                    "min_tokens=2 passes such texts over"
                 )
-            places = np.arange(maskable) + len(self.tokenize.prefix)
             if positions is not None and positions < maskable:
                 generator = random_generator(seed, POSITIONS, number)
                 places = np.sort(generator.choice(places, positions, replace=False))
-            found.append(Document(number, np.array(ids), places, maskable, bool(truncated)))
+            special = Counter(self.special[ids[i]] for i in inside if ids[i] in self.special)
+            found.append(
+                Document(number, np.array(ids), places, maskable, dict(special), bool(truncated))
+            )
         return found, passed_over
 
     def __call__(

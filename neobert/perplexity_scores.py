@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,8 @@ class Score:
     """The pseudo-perplexity of one document.
 
     document: its number. tokens: its length, special tokens included. truncated: see `Document`.
-    masked: how many tokens were masked, of `maskable`.
+    masked: how many tokens were masked, of `maskable`: all but the special ones.
+    special: of those, what is in the text itself, as {"[UNK]": 2}.
     loss: mean cross entropy of the masked tokens, nats.
     loss_standard_error: of `loss` as an estimate of the mean over all maskable tokens; 0 if all
         were masked.
@@ -33,6 +34,7 @@ class Score:
     tokens: int
     masked: int
     maskable: int
+    special: dict[str, int]
     loss: float
     loss_standard_error: float
     perplexity: float
@@ -50,8 +52,8 @@ class Score:
         loss = float(losses.mean())
         perplexity = math.exp(loss)
         return cls(
-            document.number, len(document.ids), masked, maskable, loss, error, perplexity,
-            perplexity * error, document.truncated,
+            document.number, len(document.ids), masked, maskable, document.special, loss, error,
+            perplexity, perplexity * error, document.truncated,
         )  # fmt: skip
 
 
@@ -61,9 +63,36 @@ def score_line(score: Score) -> str:
 
 
 def read_scores(path: Path) -> list[Score]:
-    """The scores in a JSONL file; of a last line that was cut short nothing is read."""
+    """The scores in a JSONL file; of a last line that was cut short nothing is read.
+
+    Raises ValueError for a line that `score_line` does not write, as of older versions: their
+    scores, which have no "special", are of the special tokens in a text too.
+    """
     whole = path.read_bytes().rpartition(b"\n")[0]
-    return [Score(**json.loads(line)) for line in whole.splitlines()]
+    return [
+        _read_score(line, f"{path}, line {number}")
+        for number, line in enumerate(whole.splitlines(), 1)
+    ]
+
+
+def _read_score(line: bytes, where: str) -> Score:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON ({error})") from error
+    names = [each.name for each in fields(Score)]
+    record = record if isinstance(record, dict) else {}
+    if set(record) != set(names):
+        missing = [name for name in names if name not in record]
+        if missing == ["special"]:
+            raise ValueError(
+                f"{where}: a score without 'special', of an older version, which also scored the "
+                "special tokens in a text, [UNK] above all: it is not comparable. Score it anew"
+            )
+        raise ValueError(
+            f"{where}: not a score of `neobert eval perplexity`, which has {', '.join(names)}"
+        )
+    return Score(**record)
 
 
 def resume(path: Path, settings: Mapping[str, Any]) -> list[Score]:
@@ -71,12 +100,13 @@ def resume(path: Path, settings: Mapping[str, Any]) -> list[Score]:
 
     settings: what the scores depend on, as JSON holds it. They are beside the file, in
         <name>.settings.json, from the run's beginning on.
-    Raises ValueError if the file was begun with others.
+    Raises ValueError if the file was begun with others, or is not one of scores.
     """
     beside = path.with_suffix(".settings.json")
     if not path.exists():
         beside.write_text(json.dumps(settings, indent=1) + "\n")
         return []
+    scores = read_scores(path)
     begun = json.loads(beside.read_text()) if beside.exists() else {}
     changed = [
         f"{name} was {begun.get(name)!r} and is {settings.get(name)!r}"
@@ -85,7 +115,6 @@ def resume(path: Path, settings: Mapping[str, Any]) -> list[Score]:
     ]
     if changed:
         raise ValueError(f"{path} holds a run with other settings: {'; '.join(changed)}")
-    scores = read_scores(path)
     with open(path, "r+b") as file:
         file.truncate(file.read().rfind(b"\n") + 1)
     return scores

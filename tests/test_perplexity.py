@@ -19,6 +19,7 @@ from neobert.perplexity_scores import (
     means_by_length,
     read_scores,
     resume,
+    score_line,
 )
 from neobert.plain import PlainNeoBERT
 from neobert.signals import Stopped
@@ -46,10 +47,13 @@ def some_texts(tokens: list[int]) -> list[str]:
 
 @torch.no_grad()
 def naive_losses(plain: PlainNeoBERT, tokenizer, text: str) -> torch.Tensor:
-    """The definition: one position after the other, whole logits, no batch."""
+    """The definition: one position after the other, whole logits, no batch. Nothing is asked where
+    the text has a special token, which no training asks for either."""
     ids = torch.tensor(tokenizer(text, truncation=True, max_length=MAX_LENGTH)["input_ids"])
     losses = []
     for place in range(1, len(ids) - 1):
+        if int(ids[place]) in tokenizer.all_special_ids:
+            continue
         masked = ids.clone()
         masked[place] = tokenizer.mask_token_id
         logits = plain.decoder(plain(masked[None]))[0]
@@ -60,18 +64,21 @@ def naive_losses(plain: PlainNeoBERT, tokenizer, text: str) -> torch.Tensor:
 def test_equals_one_position_at_a_time(checkpoint, scorer):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     chosen = some_texts([2, 7, 30, 300])
+    chosen.append("Return the \u2603 of [MASK], an \u2603 object [SEP] and stop.")
     documents, _ = scorer.documents(chosen, "x")
     scores = list(scorer(documents))
     batches = masked_batches(documents, scorer.mask_id, scorer.max_tokens)
     losses = torch.cat([scorer._losses(*batch) for batch in batches])
-    assert [score.document for score in scores] == [1, 2, 3, 4]
-    assert scores[-1].truncated and not scores[0].truncated
+    assert [score.document for score in scores] == [1, 2, 3, 4, 5]
+    assert scores[3].truncated and not scores[0].truncated
+    assert [score.special for score in scores] == [{}] * 4 + [{"[UNK]": 2, "[MASK]": 1, "[SEP]": 1}]
     truth = PlainNeoBERT.load(checkpoint, torch.float64)
     plain = PlainNeoBERT.load(checkpoint, torch.float32)
     ours = losses.split([score.masked for score in scores])
     for text, score, mine in zip(chosen, scores, ours, strict=True):
         true = naive_losses(truth, tokenizer, text)
-        assert score.masked == score.maskable == len(true) == score.tokens - 2
+        assert score.masked == score.maskable == len(true)
+        assert len(true) == score.tokens - 2 - sum(score.special.values())
         assert_accurate(mine, naive_losses(plain, tokenizer, text), true, "losses")
         assert score.loss == pytest.approx(true.mean().item(), rel=1e-6)
         assert score.perplexity == pytest.approx(math.exp(true.mean()), rel=1e-5)
@@ -179,7 +186,7 @@ def test_yarn_and_lengths_beyond_the_models(checkpoint):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, r"texts.txt, document 2: .*at least 2 tokens, got 0 \(''\)"),
+        ({}, r"texts.txt, document 2: .*at least 2 tokens, .* got 0 \(''\)"),
         ({"positions": 1}, "positions must be at least 2"),
         ({"min_tokens": 1}, "min_tokens must be at least 2"),
     ],
@@ -195,6 +202,42 @@ def test_a_document_of_one_token_is_named_or_counted(scorer):
         scorer.documents(chosen, "x")
     documents, passed_over = scorer.documents(chosen, "x", min_tokens=2)
     assert [document.number for document in documents] == [1, 4] and passed_over == 2
+
+
+def test_special_tokens_are_never_masked(scorer):
+    text = "Return the \u2603 of [MASK], an \u2603 object [SEP] and stop."
+    ids = scorer.tokenize.backend.encode(text).ids
+    special = {scorer.tokenize.backend.token_to_id(name) for name in scorer.special.values()}
+    for positions in (None, 3):
+        for seed in range(20):
+            ((document,), _) = scorer.documents([text], "x", positions, seed)
+            assert document.ids.tolist() == ids
+            assert not special & set(document.ids[document.places].tolist())
+            assert document.maskable == sum(each not in special for each in ids)
+    with pytest.raises(
+        ValueError, match=r"x, document 1: .* special ones like \[UNK\] not .*got 1"
+    ):
+        scorer.documents(["a \u2603 [MASK]"], "x")
+    assert scorer.documents(["a \u2603 [MASK]", "\u2603"], "x", min_tokens=2) == ([], 2)
+
+
+def test_scores_of_an_older_version_and_other_files_are_refused(tmp_path):
+    (score,) = scores_of((6, 4, 1.0))
+    path = tmp_path / "scores.jsonl"
+    path.write_text(score_line(score))
+    assert read_scores(path) == [score]
+    record = json.loads(score_line(score))
+    del record["special"]
+    for text, message in (
+        (json.dumps(record), "line 1: a score without 'special', of an older version"),
+        ('{"text": "a"}', "line 1: not a score of `neobert eval perplexity`, which has document"),
+        ("[1]", "line 1: not a score"),
+        ("text", "line 1: not JSON"),
+    ):
+        path.write_text(text + "\n")
+        for read in (read_scores, lambda path: resume(path, {})):
+            with pytest.raises(ValueError, match=message):
+                read(path)
 
 
 def test_mistaken_options(checkpoint):
