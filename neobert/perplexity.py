@@ -183,6 +183,7 @@ class Scorer:
         """The scores of `documents`, in their order, each as soon as it is known.
 
         progress: called with the number of tokens of each batch when it is computed.
+        Raises ValueError that names the document and the token of a loss that is not finite.
         """
         losses = np.empty(sum(len(document.places) for document in documents), np.float32)
         known = first = done = 0
@@ -192,6 +193,7 @@ class Scorer:
             progress(batch.num_tokens)
             while done < len(documents) and first + len(documents[done].places) <= known:
                 end = first + len(documents[done].places)
+                _check_finite(documents[done], losses[first:end])
                 yield Score.of(documents[done], losses[first:end])
                 first, done = end, done + 1
 
@@ -205,6 +207,16 @@ class Scorer:
             **batch.inputs(), tokens_to_keep=rows.to(device, non_blocking=True)
         ).logits[0]
         return F.cross_entropy(logits.float(), labels.to(device), reduction="none")
+
+
+def _check_finite(document: Document, losses: np.ndarray) -> None:
+    wrong = np.flatnonzero(~np.isfinite(losses))
+    if len(wrong):
+        raise ValueError(
+            f"document {document.number}: the loss of token {document.places[wrong[0]] + 1} of "
+            f"{len(document.ids)} is {losses[wrong[0]]}, and {len(wrong)} of the {len(losses)} "
+            "losses are not finite: the model's weights or its dtype cannot be right"
+        )
 
 
 def yarn_parameters(config: NeoBERTConfig, factor: float) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -13,6 +14,10 @@ import numpy as np
 
 if TYPE_CHECKING:
     from neobert.perplexity import Document
+
+# The largest loss, nats, whose perplexity a float holds; what is infinite for a larger one.
+LARGEST_LOSS = math.log(sys.float_info.max)
+INFINITE = ("perplexity", "perplexity_standard_error")
 
 
 @dataclass(frozen=True)
@@ -25,9 +30,8 @@ class Score:
     loss: mean cross entropy of the masked tokens, nats.
     loss_standard_error: of `loss` as an estimate of the mean over all maskable tokens; 0 if all
         were masked.
-    perplexity: exp(loss); perplexity_standard_error: perplexity * loss_standard_error, its first
-        order (the delta method). To second order a sampled perplexity is also too large, on
-        average by half the relative error squared.
+    perplexity, perplexity_standard_error: see `perplexity_of`. To second order a sampled
+        perplexity is also too large, on average by half the relative error squared.
     """
 
     document: int
@@ -50,16 +54,25 @@ class Score:
         if masked < maskable:
             error = math.sqrt(losses.var(ddof=1) / masked * (1 - masked / maskable))
         loss = float(losses.mean())
-        perplexity = math.exp(loss)
+        perplexity, perplexity_error = perplexity_of(loss, error)
         return cls(
             document.number, len(document.ids), masked, maskable, document.special, loss, error,
-            perplexity, perplexity * error, document.truncated,
+            perplexity, perplexity_error, document.truncated,
         )  # fmt: skip
 
 
+def perplexity_of(loss: float, standard_error: float) -> tuple[float, float]:
+    """exp(loss), infinite where no float holds it, and its standard error to first order (the delta
+    method): as many times as large as `standard_error`, that of the loss."""
+    perplexity = math.exp(loss) if loss <= LARGEST_LOSS else math.inf
+    return perplexity, perplexity * standard_error if standard_error else 0.0
+
+
 def score_line(score: Score) -> str:
-    """A score as a line of JSON."""
-    return json.dumps(asdict(score)) + "\n"
+    """A score as a line of JSON, which has no number for what is infinite: null."""
+    record = asdict(score)
+    record |= {name: None for name in INFINITE if record[name] == math.inf}
+    return json.dumps(record, allow_nan=False) + "\n"
 
 
 def read_scores(path: Path) -> list[Score]:
@@ -92,6 +105,7 @@ def _read_score(line: bytes, where: str) -> Score:
         raise ValueError(
             f"{where}: not a score of `neobert eval perplexity`, which has {', '.join(names)}"
         )
+    record |= {name: math.inf for name in INFINITE if record[name] is None}
     return Score(**record)
 
 
@@ -129,7 +143,7 @@ def mean_perplexity(scores: Sequence[Score]) -> tuple[float, float]:
     maskable = sum(score.maskable for score in scores)
     loss = sum(score.loss * score.maskable for score in scores) / maskable
     error = math.hypot(*(score.loss_standard_error * score.maskable for score in scores)) / maskable
-    return math.exp(loss), math.exp(loss) * error
+    return perplexity_of(loss, error)
 
 
 def means_by_length(scores: Sequence[Score]) -> list[tuple[float, float]]:
@@ -140,7 +154,10 @@ def means_by_length(scores: Sequence[Score]) -> list[tuple[float, float]]:
     several = np.unique(lengths, return_counts=True)[1].min() > 1
     groups = lengths if several else np.ceil(np.log2(lengths))
     return [
-        (float(lengths[groups == group].mean()), math.exp(losses[groups == group].mean()))
+        (
+            float(lengths[groups == group].mean()),
+            perplexity_of(losses[groups == group].mean(), 0)[0],
+        )
         for group in np.unique(groups)
     ]
 
@@ -159,8 +176,8 @@ def plot_by_length(
     for number, (name, scores) in enumerate(curves.items()):
         color = f"C{number}"
         lengths = np.array([score.tokens for score in scores])
-        losses = np.array([score.loss for score in scores])
-        axes.plot(lengths, np.exp(losses), ".", color=color, alpha=0.35, markersize=4)
+        perplexities = [score.perplexity for score in scores]
+        axes.plot(lengths, perplexities, ".", color=color, alpha=0.35, markersize=4)
         axes.plot(*zip(*means_by_length(scores), strict=True), "o-", color=color, label=name)
     if trained_length is not None:
         axes.axvline(trained_length, color="grey", linestyle="--", label="longest in training")

@@ -17,6 +17,7 @@ from neobert.perplexity_scores import (
     Score,
     mean_perplexity,
     means_by_length,
+    plot_by_length,
     read_scores,
     resume,
     score_line,
@@ -330,6 +331,44 @@ def test_means():
     # Over all tokens: a long document counts more.
     mean, error = mean_perplexity(scores_of((4, 2, 1.0), (8, 6, 3.0)))
     assert mean == pytest.approx(math.exp(2.5)) and error == 0
+
+
+def test_a_perplexity_that_no_float_holds(tmp_path):
+    """Is infinite, in a file of valid JSON and in a plot, and stops nothing."""
+    documents = scores_of((6, 4, 800.0), (8, 6, 3.0))
+    sampled = Score.of(Document(3, np.zeros(12, int), np.arange(1, 11), 10), np.array([8e2, 9e2]))
+    scores = [*documents, sampled]
+    assert scores[0].perplexity == math.inf and scores[0].perplexity_standard_error == 0
+    assert sampled.perplexity == sampled.perplexity_standard_error == math.inf
+    path = tmp_path / "scores.jsonl"
+    path.write_text("".join(map(score_line, scores)))
+
+    def not_json(name):
+        raise AssertionError(name)
+
+    records = [json.loads(x, parse_constant=not_json) for x in path.read_text().splitlines()]
+    assert [each["perplexity"] for each in records] == [None, pytest.approx(math.exp(3)), None]
+    assert read_scores(path) == scores
+    assert mean_perplexity(documents) == (pytest.approx(math.exp(321.8)), 0)
+    assert mean_perplexity([sampled]) == (math.inf, math.inf)
+    assert means_by_length(scores)[-1][1] == math.inf
+    plot_by_length({"one": scores, "only infinite": [sampled]}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size
+
+
+def test_a_loss_that_is_not_finite_names_the_document(checkpoint, scorer):
+    other = Scorer.from_pretrained(checkpoint, "cpu", max_tokens=300)
+    documents, _ = scorer.documents(some_texts([9, 5, 9]), "x")
+    bad = documents[1].ids[documents[1].places[3]]
+    assert bad not in documents[0].ids
+    with torch.no_grad():
+        other.model.model.encoder.weight[bad] = math.nan
+    scores = other(documents)
+    assert next(scores).document == 1
+    count = documents[1].maskable
+    message = rf"document 2: the loss of token \d+ of .* is nan, and \d+ of the {count} losses"
+    with pytest.raises(ValueError, match=message):
+        next(scores)
 
 
 def test_the_mean_of_sampled_documents_estimates_that_of_all_their_tokens():
