@@ -224,7 +224,7 @@ def perplexity(
         float | None, typer.Option(help="Stretch the model's length by this factor, with YaRN.")
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="Draw perplexity against length: a .png.")
+        Path | None, typer.Option(dir_okay=False, help="Draw perplexity by length: .png, .svg, …")
     ] = None,
     beside: Annotated[
         list[Path] | None,
@@ -248,6 +248,7 @@ def perplexity(
         from neobert.corpus import Source, open_texts, text_batches
         from neobert.perplexity import Scorer
         from neobert.perplexity_scores import (
+            check_plot,
             mean_perplexity,
             plot_by_length,
             read_scores,
@@ -260,6 +261,11 @@ def perplexity(
     disable_progress_bar()  # transformers', for loading the weights
     scores = []
     try:
+        if plot:
+            check_plot(plot)
+        others = {str(path): read_scores(path) for path in beside or []}
+        if empty := [name for name, read in others.items() if not read]:
+            raise ValueError(f"{empty[0]} has no scores to draw")
         texts = open_texts(Source(data, field, streaming=streaming, split=split, subset=subset))
         rows = (text for batch, _ in text_batches(texts, field) for text in batch)
         scorer = Scorer.from_pretrained(
@@ -292,7 +298,6 @@ def perplexity(
                 lines.flush()
                 bar.set_postfix_str(f"document {score.document}: {score.perplexity:.4g}")
         if plot:
-            others = {str(path): read_scores(path) for path in beside or []}
             plot_by_length({**others, str(output): scores}, plot)
     except Stopped as stopped:
         typer.echo(f"{stopped}: stopped, {len(scores)} documents are in {output}", err=True)

@@ -82,7 +82,7 @@ def index(
                 query_prompt=(
                     folder.prompts.get("query", "") if query_prompt is None else query_prompt
                 ),
-                max_length=max_length or folder.max_length,
+                max_length=folder.max_length if max_length is None else max_length,
             )
             encoder = Encoder.from_pretrained(model, device, max_length=settings.max_length)
             count, blank = build_index(output, records, encoder, settings, progress, total)

@@ -123,7 +123,8 @@ class Scorer:
         changes: dict[str, Any] = {}
         if yarn is not None:
             changes["rope_parameters"] = yarn_parameters(config, yarn)
-            max_length = max_length or int(config.max_length * yarn)
+            if max_length is None:
+                max_length = int(config.max_length * yarn)
         if max_length is not None and max_length > config.max_length:
             changes["max_length"] = max_length
         tokenizer = AutoTokenizer.from_pretrained(path_or_hub_id)

@@ -113,15 +113,20 @@ def resume(path: Path, settings: Mapping[str, Any]) -> list[Score]:
     """The scores that an interrupted run left in `path`; the file then ends with a whole line.
 
     settings: what the scores depend on, as JSON holds it. They are beside the file, in
-        <name>.settings.json, from the run's beginning on.
+        <its whole name>.settings.json, from the run's beginning on.
     Raises ValueError if the file was begun with others, or is not one of scores.
     """
-    beside = path.with_suffix(".settings.json")
+    beside = path.with_name(f"{path.name}.settings.json")
     if not path.exists():
         beside.write_text(json.dumps(settings, indent=1) + "\n")
         return []
     scores = read_scores(path)
-    begun = json.loads(beside.read_text()) if beside.exists() else {}
+    if not beside.exists():
+        raise ValueError(
+            f"{path} is there and {beside.name}, which says what its scores are of, is not beside "
+            "it: choose another output"
+        )
+    begun = json.loads(beside.read_text())
     changed = [
         f"{name} was {begun.get(name)!r} and is {settings.get(name)!r}"
         for name in dict.fromkeys([*begun, *settings])
@@ -162,11 +167,23 @@ def means_by_length(scores: Sequence[Score]) -> list[tuple[float, float]]:
     ]
 
 
+def check_plot(path: Path) -> None:
+    """Raises ValueError or FileNotFoundError for a path that `plot_by_length` cannot write to."""
+    from matplotlib.figure import Figure
+
+    kinds = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        raise ValueError(f"{path}: a plot's name ends in one of {', '.join(sorted(kinds))}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: {path.parent} is not a directory")
+
+
 def plot_by_length(
     curves: Mapping[str, Sequence[Score]], path: Path, trained_length: int | None = None
 ) -> None:
     """Draw Figures 2 and 6: a point for each document, and `means_by_length` as a line.
 
+    curves: name → scores, at least one each. path: see `check_plot`.
     trained_length: tokens of the longest sequence seen in training, drawn as a line.
     """
     from matplotlib.figure import Figure

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 
 import numpy as np
@@ -248,6 +249,8 @@ def test_scores_of_an_older_version_and_other_files_are_refused(tmp_path):
 def test_mistaken_options(checkpoint):
     with pytest.raises(ValueError, match=f"between 4 .* {MAX_LENGTH} .*, got 3"):
         Scorer.from_pretrained(checkpoint, "cpu", max_length=3)
+    with pytest.raises(ValueError, match=f"between 4 .* {MAX_LENGTH} .*, got 0"):
+        Scorer.from_pretrained(checkpoint, "cpu", max_length=0, yarn=2)
     with pytest.raises(ValueError, match="max_tokens must be at least 1, got 0"):
         Scorer.from_pretrained(checkpoint, "cpu", max_tokens=0)
     with pytest.raises(ValueError, match="'absent' is neither a directory nor"):
@@ -317,6 +320,42 @@ def test_resume_wants_the_settings_it_began_with(tmp_path):
     assert resume(path, {"seed": 0}) == []
     with pytest.raises(ValueError, match="seed was 0 and is 1; yarn was None and is 2"):
         resume(path, {"seed": 1, "yarn": 2})
+
+
+def test_outputs_of_one_stem_have_settings_of_their_own(tmp_path):
+    plain, yarn = tmp_path / "scores.plain", tmp_path / "scores.yarn"
+    assert resume(plain, {"yarn": None}) == resume(yarn, {"yarn": 2}) == []
+    (score,) = scores_of((6, 4, 1.0))
+    plain.write_text(score_line(score))
+    assert resume(plain, {"yarn": None}) == [score]
+    plain.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"moved.settings.json, which says .* is not beside it"):
+        resume(tmp_path / "moved", {"yarn": None})
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "text", "message"),
+    [
+        ("--plot", "absent/plot.png", None, "absent is not a directory"),
+        ("--plot", "plot.xyz", None, "a plot's name ends in one of .*png"),
+        ("--plot", "plot", None, "a plot's name ends in one of"),
+        ("--beside", "empty.jsonl", "", "empty.jsonl has no scores"),
+        ("--beside", "texts.jsonl", '{"text": "a"}\n', "texts.jsonl, line 1: not a score of"),
+    ],
+)
+def test_what_a_plot_needs_is_looked_at_first(
+    tmp_path, checkpoint, monkeypatch, option, name, text, message
+):
+    def load(*arguments):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(Scorer, "from_pretrained", load)
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    code, said = run("--model", checkpoint, "--data", "docstrings", "--output", tmp_path / "o",
+                     option, tmp_path / name)  # fmt: skip
+    assert code == 1 and re.search(message, said), said
+    assert not (tmp_path / "o").exists()
 
 
 def scores_of(*lengths_and_losses) -> list[Score]:

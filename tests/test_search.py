@@ -155,6 +155,8 @@ def test_the_commands(tmp_path, checkpoint):
         (["index", "--input", "absent.txt", "--output", "o", "--model", "m/m"], "absent.txt"),
         (["index", "--input", "bad.jsonl", "--output", "o", "--field", "text", "--model", "M"],
          "bad.jsonl, line 2: no field 'text'"),
+        (["index", "--input", "bad.jsonl", "--output", "o", "--field", "text", "--model", "M",
+          "--max-length", "0"], "(the model's), got 0"),
     ],
 )  # fmt: skip
 def test_mistakes(tmp_path, checkpoint, encoder, monkeypatch, command, message):
