@@ -172,6 +172,12 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         f"epoch, an evaluation every {interval}; lr {config.lr:g}, weight decay "
         f"{config.weight_decay:g}, from {config.checkpoint}"
     )
+    for each in examples:
+        if each.left_out:
+            metrics.say(
+                f"{len(each.left_out):,} rows of {each.source} do not have its columns and are "
+                f"left out: {'; '.join(each.left_out[:3])}{'; …' * (len(each.left_out) > 3)}"
+            )
     result = FinetuneResult(task.name)
     epoch = -1
     with stop_signals() as stop:

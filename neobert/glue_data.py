@@ -5,7 +5,8 @@
     DIR/cola/train-00000-of-00001.parquet, validation-00000-of-00001.parquet     the hub's
     DIR/cola/train.jsonl, validation.jsonl
 
-Whatever does not fit is an error that names the file and the row; nothing is passed over.
+Whatever does not fit is an error that names the file and the row; nothing is passed over but the
+rows of QQP's own files that a line break cuts in pieces, which are counted.
 """
 
 from __future__ import annotations
@@ -32,18 +33,21 @@ HUB, HUB_DATA = "hub", "nyu-mll/glue"
 KINDS = (".tsv", ".parquet", ".jsonl")
 TOKENIZED_AT_ONCE = 10_000  # texts, whose ids are Python lists until they are arrays
 
-# Where an example is, its columns, and whether the label is spelled as in GLUE's own files.
-Row = tuple[str, dict[str, Any], bool]
+# Where an example is, its columns (None if it is left out), and whether the label is spelled as in
+# GLUE's own files.
+Row = tuple[str, dict[str, Any] | None, bool]
 
 
 @dataclass(frozen=True)
 class Examples:
     """texts: one or two each. labels: (examples,) int64 class numbers or float32 scores.
-    source: where they are from, for messages."""
+    source: where they are from, for messages. left_out: where rows are that were left out, each as
+    "file, row 7"."""
 
     texts: list[tuple[str, ...]]
     labels: np.ndarray
     source: str
+    left_out: tuple[str, ...] = ()
 
 
 def read_examples(data: str, task: Task, split: str) -> Examples:
@@ -60,8 +64,11 @@ def read_examples(data: str, task: Task, split: str) -> Examples:
         files = find_files(Path(data), task, split)
         source = str(files[0]) if len(files) == 1 else f"{files[0].parent} ({split})"
         rows = (row for path in files for row in READERS[path.suffix](path, task, split))
-    texts, labels = [], []
+    texts, labels, left_out = [], [], []
     for where, record, spelled in rows:
+        if record is None:
+            left_out.append(where)
+            continue
         columns = task.tsv_texts if spelled else task.texts
         for name in columns:
             if not isinstance(record[name], str):
@@ -78,7 +85,8 @@ def read_examples(data: str, task: Task, split: str) -> Examples:
             f"{source}: all {len(labels)} examples have the label {only!r}: with a single one "
             "there is nothing to learn and nothing to score"
         )
-    return Examples(texts, np.array(labels, np.int64 if task.classes else np.float32), source)
+    array = np.array(labels, np.int64 if task.classes else np.float32)
+    return Examples(texts, array, source, tuple(left_out))
 
 
 def find_files(data: Path, task: Task, split: str) -> list[Path]:
@@ -123,7 +131,7 @@ def _hub_rows(task: Task, split: str, source: str) -> Iterator[Row]:
 def _read_tsv(path: Path, task: Task, split: str) -> Iterator[Row]:
     """Splits at every tab, quotes being part of the texts, and at \\n alone."""
     columns = task.tsv_columns(split)
-    for where, row, line in _lines(path):
+    for where, row, line in _lines(path, task.broken_rows):
         fields = tuple(line.split("\t"))
         if row == 1 and task.header:
             if fields != columns:
@@ -133,6 +141,9 @@ def _read_tsv(path: Path, task: Task, split: str) -> Iterator[Row]:
                 )
             continue
         if len(fields) != len(columns):
+            if task.broken_rows:
+                yield where, None, True
+                continue
             raise ValueError(
                 f"{where}: {len(fields)} columns; {task.name} has {len(columns)}: "
                 f"{', '.join(columns)}"
@@ -166,9 +177,9 @@ def _read_parquet(path: Path, task: Task, split: str) -> Iterator[Row]:
 READERS = {".tsv": _read_tsv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 
-def _lines(path: Path) -> Iterator[tuple[str, int, str]]:
-    """(where, row from 1 on, line). Raises ValueError for an empty line and for another encoding
-    than UTF-8."""
+def _lines(path: Path, empty: bool = False) -> Iterator[tuple[str, int, str]]:
+    """(where, row from 1 on, line). Raises ValueError for an empty line, if not told that there may
+    be some, and for another encoding than UTF-8."""
     with open(path, "rb") as lines:
         for row, line in enumerate(lines, 1):
             where = f"{path}, row {row}"
@@ -177,7 +188,7 @@ def _lines(path: Path) -> Iterator[tuple[str, int, str]]:
                 text = line.decode("utf-8-sig" if row == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
                 raise ValueError(f"{where}: not UTF-8 ({error})") from error
-            if not text.strip():
+            if not text.strip() and not empty:
                 raise ValueError(f"{where}: an empty line")
             yield where, row, text
 

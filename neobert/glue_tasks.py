@@ -36,6 +36,8 @@ class Task:
     dev_columns: if those of the development files are others.
     dev_sets: the development sets, by the ends of their files' names.
     metrics: on each development set, names in METRICS.
+    broken_rows: whether GLUE's own files have rows of another number of columns, from line breaks
+        within a text. They are left out.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Task:
     dev_columns: tuple[str, ...] | None = None
     dev_sets: tuple[str, ...] = ("",)
     metrics: tuple[str, ...] = ("accuracy",)
+    broken_rows: bool = False
 
     @property
     def num_labels(self) -> int:
@@ -91,6 +94,7 @@ TASKS = {
             "QQP", "qqp", ("question1", "question2"), ("not_duplicate", "duplicate"),
             ("id", "qid1", "qid2", "question1", "question2", "is_duplicate"),
             ("question1", "question2"), "is_duplicate", metrics=("accuracy", "f1"),
+            broken_rows=True,
         ),
         Task(
             "RTE", "rte", SENTENCES, ENTAILMENT, ("index", *SENTENCES, "label"), SENTENCES, "label",

@@ -85,6 +85,24 @@ def test_development_sets_are_not_mixed_up(tmp_path):
     assert examples(tmp_path, "MNLI", "dev_mismatched")[0][0] == ("another", "pair")
 
 
+def test_rows_of_qqp_that_a_line_break_cuts_are_left_out_and_counted(tmp_path):
+    folder = write_tsv(tmp_path, "QQP")
+    header, *rows = (folder / "train.tsv").read_text().splitlines()
+    broken = ["5\t1\t2\tHow do", "", "I?\tWhat?\t1"]
+    text = "\n".join([header, rows[0], *broken, rows[1]]) + "\n"
+    (folder / "train.tsv").write_text(text)
+    assert examples(tmp_path, "QQP") == TSV["QQP"][1]
+    read = read_examples(str(tmp_path), find_task("QQP"), "train")
+    assert read.left_out == tuple(f"{folder / 'train.tsv'}, row {row}" for row in (3, 4, 5))
+    (folder / "train.tsv").write_text("\n".join([header, *broken]))
+    with pytest.raises(ValueError, match="has no examples"):
+        examples(tmp_path, "QQP")
+    (folder / "train.tsv").write_text("\n".join([*broken, header, *rows]))
+    with pytest.raises(ValueError, match="row 1: the columns are"):
+        examples(tmp_path, "QQP")
+    assert [task.name for task in TASKS.values() if task.broken_rows] == ["QQP"]
+
+
 HEADER = "index\tsentence1\tsentence2\tlabel\n"
 ROWS = "0\ta\tb\tentailment\n1\tc\td\tnot_entailment\n"
 
