@@ -246,7 +246,8 @@ def perplexity(
         from transformers.utils.logging import disable_progress_bar
 
         from neobert.corpus import Source, open_texts, text_batches
-        from neobert.perplexity import Scorer
+        from neobert.digests import model_revision
+        from neobert.perplexity import Scorer, documents_digest
         from neobert.perplexity_scores import (
             check_plot,
             mean_perplexity,
@@ -282,6 +283,8 @@ def perplexity(
             "max_length": scorer.max_length, "yarn": yarn,
             "dtype": str(scorer.model.dtype).removeprefix("torch."),
             "documents": len(chosen), "tokens": sum(len(each.ids) for each in chosen),
+            "model_revision": model_revision(scorer.model),
+            "documents_digest": documents_digest(chosen),
         }  # fmt: skip
         scores = resume(output, settings)
         todo = chosen[len(scores) :]

@@ -1,6 +1,7 @@
 """Fine-tuning on one GLUE task, packed from the first step to the last score: the paper's App. C.
 
     output/config.yaml, metrics.jsonl      the settings; losses and scores by step
+    output/inputs.json                     digests of the model's and the data's files
     output/checkpoints/step-…              while it runs: what it goes on from, the best weights too
     output/model/                          the best weights, as `from_pretrained` loads them
     output/result.json                     the scores; a run that has it is finished
@@ -24,8 +25,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from neobert.digests import check_same_inputs, checkpoint_digest, note_inputs
 from neobert.engine import CONFIG, NonFiniteLossError, prepare, start_accelerator
-from neobert.glue_data import LabelledBatch, packed_batches, read_examples, tokenize
+from neobert.glue_data import LabelledBatch, data_digest, packed_batches, read_examples, tokenize
 from neobert.glue_recipes import FinetuneConfig
 from neobert.glue_tasks import Task, find_task, score, scores
 from neobert.metrics import Metrics
@@ -45,7 +47,7 @@ from neobert.saving import (
 from neobert.settings import check_same_run, save_config
 from neobert.signals import stop_signals
 
-RESULT, MODEL, BEST = "result.json", "model", "best.safetensors"
+INPUTS, RESULT, MODEL, BEST = "inputs.json", "result.json", "model", "best.safetensors"
 
 # As in pre-training: of anything else a change would make it another run.
 MAY_CHANGE = {"output", "evaluation", "max_tokens", "padded", "log_every", "save_every",
@@ -102,13 +104,16 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
 
     Returns after the last epoch, when patience is at its end, or after saving when SIGTERM or
     SIGINT arrives. Raises ValueError and FileNotFoundError for settings, data or a model that do
-    not fit, SaveError if a checkpoint cannot be written and NonFiniteLossError.
+    not fit, or that are others than a run here began with, SaveError if a checkpoint cannot be
+    written and NonFiniteLossError.
     """
     # --- where the run goes on --------------------------------------------------------------------
     began = time.perf_counter()
     output, task = Path(config.output), find_task(config.task)
     if (output / CONFIG).exists():
         check_same_run(output / CONFIG, config, MAY_CHANGE)
+    inputs = {"model": checkpoint_digest(config.checkpoint), "data": data_digest(config.data, task)}
+    check_same_inputs(output / INPUTS, inputs)
     if (output / RESULT).exists():
         shutil.rmtree(output / FOLDER, ignore_errors=True)  # if it was killed just before that
         return load_result(output)
@@ -165,6 +170,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
 
     # --- what the run says ------------------------------------------------------------------------
     output.mkdir(parents=True, exist_ok=True)
+    note_inputs(output / INPUTS, inputs)
     save_config(config, output / CONFIG)
     metrics = Metrics(task.name, output, step, steps, config.tensorboard)
     metrics.say(

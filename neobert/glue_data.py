@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from neobert.digests import files_digest
 from neobert.glue_tasks import HIGHEST, LOWEST, Task
 from neobert.packing import PackedBatch, pack, token_budget_batches
 
@@ -115,6 +116,18 @@ def find_files(data: Path, task: Task, split: str) -> list[Path]:
             + ", ".join(path.name for kind in kinds for path in found[kind])
         )
     return sorted(found[kinds[0]])
+
+
+def data_digest(data: str, task: Task) -> str | None:
+    """40 digits that tell the files of a task's splits from any others; None for the hub's, and
+    where there are none, or no longer."""
+    if data == HUB:
+        return None
+    try:
+        files = [file for split in task.splits for file in find_files(Path(data), task, split)]
+    except FileNotFoundError:
+        return None
+    return files_digest((file.name, file) for file in files)
 
 
 def _hub_split(split: str) -> str:

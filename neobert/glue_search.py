@@ -1,6 +1,7 @@
 """GLUE as a whole: its tasks in order, a grid searched or one run each, and Table 3's row.
 
     output/RTE/batch-8_lr-5e-06_decay-0.01/    a run, as `finetune` leaves it
+    output/config.yaml, inputs.json            what it was begun with: settings, the model's files
     output/RTE/best.json                       when all are done: the best, by development score
     output/results.json, results.md            the row of Table 3
 
@@ -8,7 +9,8 @@ Started again it goes on: finished runs are read, the interrupted one continues 
 Of all runs on a task only the best keeps its weights. Processes may share an output if each has
 tasks of its own, or a part of the grid: with the whole grid a last one compares what they did. With
 transfer, MNLI's whole grid must be compared so before another task begins. An output is of one
-model: it holds the settings it was begun with, and refuses others. It may be moved.
+model: it holds the settings it was begun with, and refuses others, as it does weights and data that
+have changed since. It may be moved.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from neobert.digests import check_same_inputs, checkpoint_digest, note_inputs
 from neobert.engine import CONFIG, NonFiniteLossError
-from neobert.glue import MAY_CHANGE, MODEL, RESULT, FinetuneResult, finetune
+from neobert.glue import INPUTS, MAY_CHANGE, MODEL, RESULT, FinetuneResult, finetune
 from neobert.glue_recipes import FinetuneConfig, GlueConfig
 from neobert.glue_tasks import TASKS
 from neobert.saving import write_json
@@ -68,8 +71,10 @@ def glue(config: GlueConfig) -> GlueResult:
     a search's runs has a score.
     """
     output, signum = Path(config.output), None
+    inputs = {"model": checkpoint_digest(config.model)}
     if (output / CONFIG).exists():
         check_same_run(output / CONFIG, config, GLUE_MAY_CHANGE)
+        check_same_inputs(output / INPUTS, inputs)
     else:
         output.mkdir(parents=True, exist_ok=True)
         save_config(config, output / CONFIG)
@@ -78,6 +83,7 @@ def glue(config: GlueConfig) -> GlueResult:
         signum = run_task(config, task, start(config, task))
         if signum:
             break
+        note_inputs(output / INPUTS, inputs)
         write_results(output, config.model)
     return GlueResult(best_runs(output), signum)
 

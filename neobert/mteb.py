@@ -8,7 +8,6 @@ columns of 50,000 documents.
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 import math
 import sys
@@ -28,6 +27,7 @@ from mteb.types import PromptType
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
+from neobert.digests import model_revision
 from neobert.encode import Encoder, EncodeStats, TruncationWarning
 from neobert.instructions import prompt as paper_prompt
 from neobert.local_tasks import is_local, local_task
@@ -43,20 +43,6 @@ PAPER = """@misc{lebreton2025neobert,
   title={NeoBERT: A Next-Generation BERT},
   author={Lola Le Breton and Quentin Fournier and Mariam El Mezouar and Sarath Chandar},
   year={2025}, eprint={2502.19587}, archivePrefix={arXiv}, primaryClass={cs.CL}}"""
-# The files that decide a directory's vectors.
-MODEL_FILES = (
-    "*.safetensors",
-    "*.bin",
-    "vocab.txt",
-    "special_tokens_map.json",
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "modules.json",
-    "config_sentence_transformers.json",
-    "sentence_bert_config.json",
-    "1_Pooling/config.json",
-)
 
 
 class EvaluationError(RuntimeError):
@@ -182,13 +168,13 @@ class MTEBEncoder(AbsEncoder):
 
 
 def _model_meta(name: str, encoder: Encoder, instructions: bool, experiment: dict) -> ModelMeta:
-    model, config = encoder.model, encoder.model.config
+    model = encoder.model
     is_directory = Path(name).is_dir()
     return ModelMeta(
         # A directory has no place from which mteb could load it again.
         loader=None if is_directory else MTEBEncoder,
         name=f"local/{Path(name).resolve().name}" if is_directory else name,
-        revision=_digest(Path(name)) if is_directory else getattr(config, "_commit_hash", None),
+        revision=model_revision(model),
         release_date=None,
         languages=["eng-Latn"],
         n_parameters=sum(p.numel() for p in model.parameters()),
@@ -210,17 +196,6 @@ def _model_meta(name: str, encoder: Encoder, instructions: bool, experiment: dic
         citation=PAPER,
         experiment_kwargs=experiment or None,
     )
-
-
-def _digest(directory: Path) -> str:
-    """40 digits that tell a directory's model from any other."""
-    digest = hashlib.sha256()
-    for file in sorted(file for pattern in MODEL_FILES for file in directory.glob(pattern)):
-        digest.update(file.relative_to(directory).as_posix().encode())
-        with open(file, "rb") as opened:
-            while block := opened.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()[:40]
 
 
 def select_tasks(

@@ -16,6 +16,7 @@ made.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -232,6 +233,16 @@ def yarn_parameters(config: NeoBERTConfig, factor: float) -> dict[str, Any]:
         "factor": float(factor),
         "original_max_position_embeddings": config.max_length,
     }
+
+
+def documents_digest(documents: Sequence[Document]) -> str:
+    """40 digits that tell these tokens, masked at these places, from any others."""
+    digest = hashlib.sha256()
+    for document in documents:
+        for array in (document.ids, document.places):
+            digest.update(len(array).to_bytes(8, "little"))
+            digest.update(array.astype("<i8").tobytes())
+    return digest.hexdigest()[:40]
 
 
 def masked_batches(

@@ -132,7 +132,7 @@ def test_what_a_run_leaves(whole, model, data):
     config, result = whole
     output = Path(config.output)
     assert sorted(path.name for path in output.iterdir()) == [
-        "config.yaml", "metrics.jsonl", "model", "result.json",
+        "config.yaml", "inputs.json", "metrics.jsonl", "model", "result.json",
     ]  # fmt: skip
     assert FinetuneResult(**json.loads((output / "result.json").read_text())) == result
     assert (result.task, result.stopped, result.step) == ("RTE", "epochs", 36)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from neobert.cli import app
@@ -126,6 +127,47 @@ def test_a_moved_evaluation_goes_on(searched, model, data, tmp_path, monkeypatch
         folder = f"second/{task}/{run['run']}/model"
         assert (run["model"], again.runs[task]["model"]) == (str(tmp_path / folder), folder)
         assert Path(folder, "config.json").exists()
+
+
+def test_results_of_a_model_or_of_data_that_have_changed_are_refused(
+    searched, model, data, tmp_path
+):
+    """The paths are the same. Even where only tasks are asked for that the change does not reach,
+    the row would be of two models."""
+    output = shutil.copytree(searched[0].output, tmp_path / "copy")
+    mine, texts = (shutil.copytree(each, tmp_path / each.name) for each in (model, data))
+    for file in output.rglob("config.yaml"):
+        text = file.read_text().replace(str(model), str(mine)).replace(str(data), str(texts))
+        file.write_text(text)
+    config = glue_settings(mine, texts, output, **SEARCH)
+    assert glue(config).runs.keys() == searched[1].runs.keys()
+
+    changed = texts / "rte" / "validation.jsonl"
+    before = changed.read_bytes()
+    changed.write_bytes(before.replace(b"red", b"old"))
+    glue(dataclasses.replace(config, tasks=["MNLI"]))
+    with pytest.raises(ValueError, match=rf"RTE/{RUNS[0]} holds a run of another data: the files"):
+        glue(config)
+    changed.write_bytes(before)
+    glue(config)
+
+    weights = load_file(mine / "model.safetensors")
+    weights["model.encoder.weight"] *= 2
+    save_file(weights, mine / "model.safetensors", metadata={"format": "pt"})
+    for tasks in (["MNLI"], ["RTE"]):
+        with pytest.raises(ValueError, match="copy holds a run of another model: the files have"):
+            glue(dataclasses.replace(config, tasks=tasks))
+    shutil.rmtree(mine)  # a model that is no longer there cannot have changed
+    assert glue(config).runs.keys() == searched[1].runs.keys()
+
+
+def test_a_run_on_mnli_that_is_made_anew_is_another_start(searched, model, data, tmp_path):
+    output = shutil.copytree(searched[0].output, tmp_path / "copy")
+    start = output / "MNLI" / searched[1].runs["MNLI"]["run"] / "model" / "model.safetensors"
+    weights = load_file(start)
+    save_file({name: w + 1 for name, w in weights.items()}, start, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"RTE/{RUNS[0]} holds a run of another model"):
+        glue(glue_settings(model, data, output, **SEARCH))
 
 
 def test_a_part_of_the_grid_keeps_a_better_best(searched, model, data, tmp_path):

@@ -3,11 +3,13 @@
 import json
 import math
 import re
+import shutil
 import signal
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -304,6 +306,25 @@ def test_the_command_goes_on_after_an_interruption(tmp_path, checkpoint, monkeyp
         assert one.loss == pytest.approx(other.loss, rel=1e-6)
     code, said = run(*command, "--seed", 1)
     assert code == 1 and "holds a run with other settings: seed was 0 and is 1" in said
+
+
+def test_scores_of_a_model_or_of_texts_that_have_changed_are_refused(tmp_path, checkpoint):
+    """The paths, the number of documents and their tokens are the same."""
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    data, output = tmp_path / "texts.txt", tmp_path / "scores.jsonl"
+    data.write_text("return the text\nreturn the name\n")
+    command = ["--model", model, "--data", data, "--output", output, "--device", "cpu"]
+    code, said = run(*command)
+    assert code == 0 and run(*command)[0] == 0, said
+    data.write_text("return the name\nreturn the text\n")
+    code, said = run(*command)
+    assert code == 1 and re.search(r"other settings: documents_digest was '\w+' and is", said), said
+    data.write_text("return the text\nreturn the name\n")
+    weights = load_file(model / "model.safetensors")
+    weights["decoder.bias"] += 1
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    code, said = run(*command)
+    assert code == 1 and re.search(r"other settings: model_revision was '\w+' and is", said), said
 
 
 def test_empty_lines_of_a_text_file_keep_their_numbers(tmp_path, checkpoint):
