@@ -36,6 +36,7 @@ from neobert.contrastive_recipes import ContrastiveConfig
 from neobert.contrastive_recipes import tiny as tiny_contrastive
 from neobert.docstrings import standard_library_docstrings
 from neobert.encode import Encoder
+from neobert.locate import checkpoints
 from neobert.machine import commit, machine
 from neobert.metrics import read_metrics
 from neobert.model import NeoBERT
@@ -44,7 +45,7 @@ from neobert.pairs import PairSource
 from neobert.pretrain import pretrain
 from neobert.recipes import PretrainConfig, Source
 from neobert.recipes import tiny as tiny_pretrain
-from neobert.saving import checkpoints, load_progress
+from neobert.saving import load_progress
 from neobert_kernels import pool
 
 STS = "Retrieve semantically similar text."  # Table 7

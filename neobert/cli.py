@@ -53,7 +53,10 @@ app.add_typer(cli_eval.app, name="eval")
 @app.command()
 def encode(
     model: Annotated[
-        str, typer.Option(help="Checkpoint directory or hub repository, e.g. chandar-lab/NeoBERT.")
+        str,
+        typer.Option(
+            help="Checkpoint directory, a training run, or hub repository: chandar-lab/NeoBERT."
+        ),
     ],
     input: Input,
     output: Annotated[

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 def index(
     model: Annotated[
-        str, typer.Option(help="Checkpoint directory or hub repository; one trained for search.")
+        str,
+        typer.Option(
+            help="Checkpoint directory, a training run, or hub repository; trained for search."
+        ),
     ],
     input: Input,
     output: Annotated[
@@ -56,8 +59,9 @@ def index(
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from neobert.encode import Encoder, TruncationWarning, check_model_name
+    from neobert.encode import Encoder, TruncationWarning
     from neobert.files import count_lines, read_records
+    from neobert.locate import locate
     from neobert.search import IndexSettings, build_index
     from neobert.sentence_folder import read_sentence_folder
     from neobert.signals import Stopped, stopped_by_signals
@@ -71,7 +75,7 @@ def index(
         ):
             records = read_records(source, "stdin" if input == "-" else input, field)
             total = None if input == "-" else count_lines(Path(input))
-            check_model_name(model)
+            model = str(locate(model))
             folder = read_sentence_folder(model)
             settings = IndexSettings(
                 # Absolute: the index may be searched from another directory.

@@ -30,6 +30,7 @@ from neobert.engine import CONFIG, NonFiniteLossError, prepare, start_accelerato
 from neobert.gradcache import Chunk, backward_all, embed_all, in_company
 from neobert.hub import HubPush
 from neobert.infonce import cached_loss
+from neobert.locate import checkpoints, locate
 from neobert.metrics import PLOT, Metrics, forward_flop, matmul_rate, plot_losses
 from neobert.model import NeoBERT, NeoBERTConfig
 from neobert.optim import adamw, learning_rate
@@ -37,7 +38,6 @@ from neobert.packing import PackedBatch
 from neobert.pair_batches import PairBatch, PairSampler, shares
 from neobert.pairs import Pairs, prompts_of
 from neobert.saving import (
-    checkpoints,
     export_model,
     load_optimizer,
     load_progress,
@@ -110,7 +110,7 @@ def contrastive(config: ContrastiveConfig) -> Result:
     began -= progress["seconds"]
 
     # --- data -------------------------------------------------------------------------------------
-    weights_from = resume_from or newest(config.start_from)
+    weights_from = resume_from or locate(config.start_from)
     tokenizer = AutoTokenizer.from_pretrained(weights_from)
     tokenize = TextTokenizer(tokenizer)
     if not config.data:
@@ -279,11 +279,6 @@ def embedded(
     with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
         hidden = model(**batch.inputs()).last_hidden_state[0]
     return pool(hidden, batch.cu_seqlens)
-
-
-def newest(start_from: str) -> str | Path:
-    """The newest checkpoint of a run's output; else what was given."""
-    return next(reversed(checkpoints(Path(start_from))), start_from)
 
 
 def load_model(

@@ -15,7 +15,7 @@ from datasets.distributed import split_dataset_by_node
 from datasets.exceptions import DatasetGenerationError
 
 from neobert.docstrings import standard_library_docstrings
-from neobert.encode import HUB_ID
+from neobert.locate import HUB_ID
 
 DOCSTRINGS = "docstrings"
 FILES = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}

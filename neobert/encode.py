@@ -7,7 +7,6 @@ bounded by two groups whatever the number of texts. Nothing is ever padded.
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 import warnings
@@ -27,6 +26,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from neobert.graphs import CudaCapturer, PackedGraphs
 from neobert.groups import check_text, check_unicode, in_groups
 from neobert.invariance import make_batch_invariant, unit_length
+from neobert.locate import locate
 from neobert.model import NeoBERT
 from neobert.packing import PackedBatch, pack, token_budget_batches
 from neobert.prepared import PreparedNeoBERT
@@ -35,8 +35,6 @@ from neobert_kernels import pool
 
 Pooling = Literal["mean", "cls"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 # Tokens in a batch by default. On a CPU, speed is level from 512 to 4096 tokens, but from 3641 on
 # a float32 qkv projection is more than the 32 MiB above which glibc maps every tensor anew: 4096
@@ -159,7 +157,8 @@ class Encoder:
         fused_epilogues: bool = False,
         **hub_options: Any,
     ) -> Encoder:
-        """Load a checkpoint directory or a hub repository, `chandar-lab/NeoBERT` for one.
+        """Load a checkpoint directory, the newest checkpoint of a training run's output, or a hub
+        repository, `chandar-lab/NeoBERT` for one.
 
         device: by default the GPU if there is one, else the CPU.
         dtype: "float32", "bfloat16", "float16" or the torch.dtype of the weights and activations;
@@ -167,7 +166,7 @@ class Encoder:
         max_length, cuda_graphs, batch_invariant, fused_epilogues: see `Encoder`.
         hub_options: passed on to transformers (revision, token, cache_dir, local_files_only, …).
         """
-        check_model_name(path_or_hub_id)
+        path_or_hub_id = locate(path_or_hub_id, hub_options.get("subfolder") or "")
         device, dtype = device_and_dtype(device, dtype)
         tokenizer = AutoTokenizer.from_pretrained(path_or_hub_id, **hub_options)
         model = NeoBERT.from_pretrained(path_or_hub_id, dtype=dtype, **hub_options)
@@ -395,14 +394,6 @@ class Encoder:
                 f"(the model's), got {max_length}"
             )
         return max_length
-
-
-def check_model_name(path_or_hub_id: str | Path) -> None:
-    """Raises ValueError for what cannot be a checkpoint: transformers would ask the hub for it."""
-    if not Path(path_or_hub_id).is_dir() and not HUB_ID.fullmatch(str(path_or_hub_id)):
-        raise ValueError(
-            f"{str(path_or_hub_id)!r} is neither a directory nor a hub repository (owner/name)"
-        )
 
 
 def device_and_dtype(

@@ -30,14 +30,13 @@ from neobert.engine import CONFIG, NonFiniteLossError, prepare, start_accelerato
 from neobert.glue_data import LabelledBatch, data_digest, packed_batches, read_examples, tokenize
 from neobert.glue_recipes import FinetuneConfig
 from neobert.glue_tasks import Task, find_task, score, scores
+from neobert.locate import CHECKPOINTS, checkpoints
 from neobert.metrics import Metrics
 from neobert.model import NeoBERTForSequenceClassification
 from neobert.optim import adamw, learning_rate
 from neobert.pretrain import keep_batches
 from neobert.randomness import ORDER, random_generator
 from neobert.saving import (
-    FOLDER,
-    checkpoints,
     load_optimizer,
     load_progress,
     save_checkpoint,
@@ -115,7 +114,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
     inputs = {"model": checkpoint_digest(config.checkpoint), "data": data_digest(config.data, task)}
     check_same_inputs(output / INPUTS, inputs)
     if (output / RESULT).exists():
-        shutil.rmtree(output / FOLDER, ignore_errors=True)  # if it was killed just before that
+        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)  # if it was killed just before that
         return load_result(output)
     accelerator = start_accelerator()
     if accelerator.num_processes > 1:
@@ -265,7 +264,7 @@ def finetune(config: FinetuneConfig) -> FinetuneResult:
         result.model = str(output / MODEL)
         write_whole(output / MODEL, lambda folder: save_model(folder, model, best, tokenizer))
         write_json(output / RESULT, asdict(result))
-        shutil.rmtree(output / FOLDER, ignore_errors=True)
+        shutil.rmtree(output / CHECKPOINTS, ignore_errors=True)
     result.signum = stop.signum
     return result
 

@@ -31,6 +31,7 @@ from neobert.digests import model_revision
 from neobert.encode import Encoder, EncodeStats, TruncationWarning
 from neobert.instructions import prompt as paper_prompt
 from neobert.local_tasks import is_local, local_task
+from neobert.locate import locate
 from neobert.sentence_folder import read_sentence_folder
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ class EvaluationError(RuntimeError):
 class MTEBEncoder(AbsEncoder):
     """A NeoBERT as mteb's `EncoderProtocol`: mean pooling and cosine similarity, as in the paper.
 
-    model_name: a checkpoint directory or hub repository, sentence-transformers' folders included.
+    model_name: a checkpoint directory or hub repository, sentence-transformers' folders included,
+        or a training run's output for its newest checkpoint.
     revision: of the hub repository.
     device, dtype, max_length: as of `Encoder.from_pretrained`.
     max_tokens: the most tokens computed at once; it changes the speed and not the vectors.
@@ -82,9 +84,10 @@ class MTEBEncoder(AbsEncoder):
         instructions: bool = True,
     ):
         options: dict[str, Any] = {"revision": revision} if revision else {}
-        self.folder = read_sentence_folder(model_name, **options)
+        path = locate(model_name)
+        self.folder = read_sentence_folder(path, **options)
         length = self.folder.max_length if max_length is None else max_length
-        self.encoder = Encoder.from_pretrained(model_name, device, dtype, length, **options)
+        self.encoder = Encoder.from_pretrained(path, device, dtype, length, **options)
         self.max_tokens = max_tokens
         self.instructions = instructions
         self.totals = EncodeStats()

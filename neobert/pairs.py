@@ -22,7 +22,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from neobert.corpus import DOCSTRINGS, files_of_one_kind
 from neobert.docstrings import name_pairs
-from neobert.encode import HUB_ID
+from neobert.locate import HUB_ID
 from neobert.settings import nearest
 
 FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}

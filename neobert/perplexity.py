@@ -30,7 +30,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from neobert.config import NeoBERTConfig
-from neobert.encode import MAX_TOKENS, check_model_name, device_and_dtype
+from neobert.encode import MAX_TOKENS, device_and_dtype
+from neobert.locate import locate
 from neobert.model import NeoBERTLMHead
 from neobert.packing import PackedBatch, pack
 from neobert.perplexity_scores import Score
@@ -111,14 +112,14 @@ class Scorer:
         max_tokens: int | None = None,
         yarn: float | None = None,
     ) -> Scorer:
-        """Load a checkpoint with a masked-LM head.
+        """Load a checkpoint with a masked-LM head, or the newest one of a training run's output.
 
         device, dtype: as for `Encoder.from_pretrained`.
         max_length: may be beyond the model's (Figures 2 and 6): the rotary angles go on.
         yarn: the factor by which YaRN (Peng et al. 2023) stretches the model's length; with it,
             max_length is by default so many times the model's.
         """
-        check_model_name(path_or_hub_id)
+        path_or_hub_id = locate(path_or_hub_id)
         device, dtype = device_and_dtype(device, dtype)
         config = NeoBERTConfig.from_pretrained(path_or_hub_id)
         changes: dict[str, Any] = {}

@@ -28,6 +28,7 @@ from neobert.corpus import open_texts, text_batches
 from neobert.data import Corpus, MaskedBatch, TrainingStream
 from neobert.engine import CONFIG, NonFiniteLossError, prepare, start_accelerator, whole
 from neobert.hub import HubPush
+from neobert.locate import checkpoints, locate
 from neobert.masking import Masking
 from neobert.metrics import (
     PLOT,
@@ -44,7 +45,6 @@ from neobert.readers import Cut
 from neobert.recipes import PretrainConfig
 from neobert.saving import (
     check_shape,
-    checkpoints,
     has_optimizer,
     load_optimizer,
     load_progress,
@@ -140,7 +140,7 @@ def pretrain(config: PretrainConfig) -> Result:
             f"model.vocab_size={model_config.vocab_size} is less than the tokenizer's "
             f"{len(tokenizer)} ids"
         )
-    weights_from = resume_from or config.start_from
+    weights_from = resume_from or (config.start_from and locate(config.start_from))
     if weights_from:
         check_shape(weights_from, model_config)
         model = NeoBERTLMHead.from_pretrained(
@@ -345,7 +345,7 @@ def load_tokenizer(config: PretrainConfig, output: Path) -> PreTrainedTokenizerB
     if is_prepared(first.path):
         return TokenShards(first.path).tokenizer()
     if config.start_from is not None:
-        return AutoTokenizer.from_pretrained(config.start_from)
+        return AutoTokenizer.from_pretrained(locate(config.start_from))
     if not (output / TOKENIZER).exists():
         data = open_texts(first)
         texts = (text for batch, _ in text_batches(data, first.field) for text in batch)

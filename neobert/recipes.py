@@ -37,8 +37,9 @@ class MaskedLMSettings:
     data: the mixture (see `Source`).
     tokenizer: directory or hub repository. None: that of prepared data or of `start_from`, or else
         a WordPiece of model.vocab_size pieces trained on the first documents.
-    start_from: a checkpoint (directory or hub repository) whose weights, and optimizer state if it
-        has one, the run starts from; its data and schedule start anew. Stage 2 does.
+    start_from: a checkpoint (directory, or hub repository, or a run's output for its newest one)
+        whose weights, and optimizer state if it has one, the run starts from; its data and schedule
+        start anew. Stage 2 does.
     max_length: most tokens in a sequence; split_documents: cut a longer document into several
         sequences instead of dropping its end.
     bin_tokens, batch_bins: a step trains on batch_bins bins of bin_tokens packed tokens each.

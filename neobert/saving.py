@@ -32,18 +32,13 @@ from transformers import PreTrainedTokenizerBase
 
 from neobert.config import NeoBERTConfig
 from neobert.files import replace_file
+from neobert.locate import CHECKPOINTS, checkpoints
 
-FOLDER = "checkpoints"
 OPTIMIZER, PROGRESS, DEEPSPEED = "optimizer.pt", "progress.json", "deepspeed"
 
 
 class SaveError(OSError):
     """A checkpoint could not be written; the message says which one is the last good one."""
-
-
-def checkpoints(output: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    return sorted((output / FOLDER).glob("step-*"))
 
 
 def save_checkpoint(
@@ -63,7 +58,7 @@ def save_checkpoint(
     write_more: writes other files into the folder that it is given.
     Raises SaveError, in every process, if writing fails, as on a full disk.
     """
-    final = output / FOLDER / f"step-{step:08}"
+    final = output / CHECKPOINTS / f"step-{step:08}"
     aside = final.with_name(f".{final.name}.unfinished")
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -77,7 +72,7 @@ def save_checkpoint(
     write = accelerator.is_main_process and not final.exists()
     if write:
         try:
-            for left in (output / FOLDER).glob(".step-*"):  # by a process that was killed
+            for left in (output / CHECKPOINTS).glob(".step-*"):  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
             aside.mkdir(parents=True)
             accelerator.unwrap_model(model).save_pretrained(aside, state_dict=weights)

@@ -5,8 +5,8 @@ import yaml
 from typer.testing import CliRunner
 
 from neobert.cli import app
+from neobert.locate import checkpoints
 from neobert.recipes import load_config
-from neobert.saving import checkpoints
 from neobert.shards import TokenShards
 from tests.checkpoints import word_tokenizer
 from tests.runs import SETTINGS, write_texts

@@ -19,8 +19,9 @@ from neobert.contrastive import contrastive
 from neobert.contrastive_recipes import load_config
 from neobert.encode import Encoder
 from neobert.engine import NonFiniteLossError
+from neobert.locate import checkpoints
 from neobert.pairs import PairSource, prompts_of
-from neobert.saving import SaveError, checkpoints, load_progress
+from neobert.saving import SaveError, load_progress
 from neobert.sentence_folder import read_sentence_folder
 from tests.checkpoints import word_tokenizer
 from tests.runs import curve, run, started, wait_for_step

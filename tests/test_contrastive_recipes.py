@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from neobert.contrastive_recipes import load_config
-from neobert.encode import HUB_ID
+from neobert.locate import HUB_ID
 from neobert.pairs import prompts_of
 
 PAPER = Path(__file__).parent.parent / "configs" / "contrastive-paper.yaml"

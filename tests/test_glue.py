@@ -18,9 +18,10 @@ from neobert.glue import EarlyStopping, FinetuneResult, finetune, forward, load_
 from neobert.glue_data import packed_batches, read_examples
 from neobert.glue_recipes import FinetuneConfig
 from neobert.glue_tasks import find_task
+from neobert.locate import checkpoints
 from neobert.metrics import Metrics, read_metrics
 from neobert.plain import PlainNeoBERT
-from neobert.saving import SaveError, checkpoints, load_progress
+from neobert.saving import SaveError, load_progress
 from tests.glue_files import after, run_settings, write_learnable, write_model, write_tsv
 from tests.runs import CONTEXT, curve
 

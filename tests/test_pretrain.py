@@ -12,13 +12,14 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from neobert.checkpoint import released_shapes, write_random_checkpoint
 from neobert.data import MaskedBatch
+from neobert.locate import checkpoints
 from neobert.masking import IGNORE_INDEX, Masking
 from neobert.metrics import forward_flop
 from neobert.model import NeoBERTConfig, NeoBERTLMHead
 from neobert.packing import PackedBatch, pack
 from neobert.plain import PlainNeoBERT
 from neobert.pretrain import pretrain
-from neobert.saving import checkpoints, load_progress
+from neobert.saving import load_progress
 from tests.checkpoints import random_sequences
 from tests.runs import curve, run, settings, started, wait_for_step, write_texts
 

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from neobert.corpus import Source, open_texts, text_batches
+from neobert.locate import checkpoints
 from neobert.pretrain import pretrain
-from neobert.saving import SaveError, checkpoints
+from neobert.saving import SaveError
 from neobert.shards import CorruptShardError, prepare
 from tests.checkpoints import word_tokenizer
 from tests.runs import settings, write_texts
