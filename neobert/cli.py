@@ -64,12 +64,23 @@ def encode(
     ],
     field: InputField = None,
     pooling: Annotated[
-        PoolingName, typer.Option(help="Mean over a text's tokens, or its first token.")
-    ] = PoolingName.mean,
+        PoolingName | None,
+        typer.Option(
+            help="Mean over a text's tokens, or its first token.", show_default="the model's"
+        ),
+    ] = None,
     normalize: Annotated[
-        bool, typer.Option("--normalize", help="Scale each embedding to length 1.")
-    ] = False,
-    prompt: Annotated[str | None, typer.Option(help="Put before every text.")] = None,
+        bool | None,
+        typer.Option(help="Scale each embedding to length 1.", show_default="if the model does"),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="Put before every text.", show_default="the model's, if it has one"),
+    ] = None,
+    prompt_name: Annotated[
+        str | None,
+        typer.Option(help="Put the model's prompt of this name before every text: query, …"),
+    ] = None,
     max_length: MaxLength = None,
     max_tokens: MaxTokens = None,
     dtype: Dtype = None,
@@ -84,6 +95,7 @@ def encode(
 ) -> None:
     """Embed every line of a file; write (lines, dim) float32 as .npy.
 
+    Pooling, length, normalization and prompts are the model's, as sentence-transformers reads them.
     Memory stays bounded however large the file. The output appears only when it is complete: an
     interrupted run leaves nothing behind, and a file already there as it was.
     """
@@ -104,9 +116,18 @@ def encode(
                     batch_invariant=batch_invariant,
                 )
                 writer.dim = encoder.dim
+                folder = encoder.folder
+                if prompt_name is not None:
+                    prompt = _prompt(encoder, prompt, prompt_name)
+                elif prompt is None and not folder.default_prompt and any(folder.prompts.values()):
+                    typer.echo(
+                        f"no prompt goes before the texts; --prompt-name takes one of the model's: "
+                        f"{', '.join(folder.prompts)}",
+                        err=True,
+                    )
                 stream = encoder.encode_stream(
                     texts,
-                    pooling.value,
+                    pooling.value if pooling else None,
                     normalize,
                     prompt,
                     max_tokens=max_tokens,
@@ -134,6 +155,18 @@ def encode(
             "tokens and were truncated",
             err=True,
         )
+
+
+def _prompt(encoder: Encoder, prompt: str | None, name: str) -> str:
+    """The model's prompt of a name."""
+    if prompt is not None:
+        raise ValueError(f"--prompt {prompt!r} and --prompt-name {name!r}: one of the two")
+    prompts = encoder.folder.prompts
+    if name not in prompts:
+        raise ValueError(
+            f"the model has no prompt named {name!r}; it has {', '.join(prompts) or 'none'}"
+        )
+    return prompts[name]
 
 
 @app.command()

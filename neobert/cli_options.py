@@ -33,9 +33,7 @@ Dtype = Annotated[
 ]
 MaxLength = Annotated[
     int | None,
-    typer.Option(
-        help="Most tokens of a text; the rest is cut off.", show_default="the model's, 4096"
-    ),
+    typer.Option(help="Most tokens of a text; the rest is cut off.", show_default="the model's"),
 ]
 MaxTokens = Annotated[
     int | None,

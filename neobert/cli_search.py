@@ -63,7 +63,6 @@ def index(
     from neobert.files import count_lines, read_records
     from neobert.locate import locate
     from neobert.search import IndexSettings, build_index
-    from neobert.sentence_folder import read_sentence_folder
     from neobert.signals import Stopped, stopped_by_signals
 
     disable_progress_bar()  # transformers', for loading the weights
@@ -76,7 +75,8 @@ def index(
             records = read_records(source, "stdin" if input == "-" else input, field)
             total = None if input == "-" else count_lines(Path(input))
             model = str(locate(model))
-            folder = read_sentence_folder(model)
+            encoder = Encoder.from_pretrained(model, device, max_length=max_length)
+            folder = encoder.folder
             settings = IndexSettings(
                 # Absolute: the index may be searched from another directory.
                 model=str(Path(model).resolve()) if Path(model).is_dir() else model,
@@ -86,9 +86,8 @@ def index(
                 query_prompt=(
                     folder.prompts.get("query", "") if query_prompt is None else query_prompt
                 ),
-                max_length=folder.max_length if max_length is None else max_length,
+                max_length=encoder.max_length,
             )
-            encoder = Encoder.from_pretrained(model, device, max_length=settings.max_length)
             count, blank = build_index(output, records, encoder, settings, progress, total)
     except Stopped as stopped:
         typer.echo(f"{stopped}: stopped, {output} is no index", err=True)

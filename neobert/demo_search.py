@@ -158,7 +158,8 @@ def demonstrate_search(folder: Path) -> dict[str, float]:
         held_out = {name: text for name, text in names.items() if is_held_out(name)}
         done(f"{len(names):,}, of which {len(held_out):,} are held out")
     model = learn(folder, names)
-    encoder = Encoder.from_pretrained(str(model))
+    # As far as it was pre-trained: a docstring's end counts too, though pairs were cut at half.
+    encoder = Encoder.from_pretrained(str(model), max_length=pretrain_config("tiny").max_length)
     found = recalls(encoder, held_out)
     write_results(folder, found, len(held_out))
     print_recalls(found, len(held_out), encoder.max_length)

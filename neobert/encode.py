@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,10 +30,10 @@ from neobert.locate import locate
 from neobert.model import NeoBERT
 from neobert.packing import PackedBatch, pack, token_budget_batches
 from neobert.prepared import PreparedNeoBERT
+from neobert.sentence_folder import Pooling, SentenceFolder, read_sentence_folder
 from neobert.text import TextTokenizer
 from neobert_kernels import pool
 
-Pooling = Literal["mean", "cls"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Tokens in a batch by default. On a CPU, speed is level from 512 to 4096 tokens, but from 3641 on
@@ -94,7 +94,8 @@ class Encoder:
     model: the encoder, already on its device and in its dtype; it is put in eval mode.
     tokenizer: its fast tokenizer.
     max_length: the most tokens of a text, special tokens included; what is beyond is cut off.
-        By default the length the model was trained for, `model.config.max_length`.
+        By default that of `folder`, or else the length the model was trained for,
+        `model.config.max_length`.
     cuda_graphs: compute small batches, queries above all, as one replayed CUDA graph each
         (`neobert.graphs`). The first batch of a size waits for its capture. Batches beyond the
         largest graph are computed as ever; `stats.graphed` and the log say so.
@@ -104,6 +105,8 @@ class Encoder:
     fused_epilogues: compute a layer as five kernels, with norms, rotation, SwiGLU and residual adds
         in the GEMMs' epilogues (`neobert.prepared`), from a copy of the weights as they are now.
         For GPUs; its speed there is not measured yet, so it is not the default.
+    folder: how the model's embeddings are made where a call does not say: the pooling, whether they
+        are normalized, and the prompt. By default means, not normalized, without a prompt.
     Raises ValueError if `max_length` is beyond the model's, or if the tokenizer has ids that the
     model has no embedding for, or if `cuda_graphs` are asked of a model that is not on a GPU, or
     `fused_epilogues` of one with adapters or hooks, or both of batch_invariant and fused_epilogues.
@@ -117,6 +120,7 @@ class Encoder:
         cuda_graphs: bool = False,
         batch_invariant: bool = False,
         fused_epilogues: bool = False,
+        folder: SentenceFolder | None = None,
     ):
         if batch_invariant and fused_epilogues:
             raise ValueError(
@@ -132,7 +136,10 @@ class Encoder:
                 f"tokenizer has {self._tokenize.vocab_size} ids, but the model has embeddings for "
                 f"{model.config.vocab_size}"
             )
-        self.max_length = self._checked_max_length(max_length, model.config.max_length)
+        self.folder = folder or SentenceFolder()
+        self.max_length = self._checked_max_length(
+            self.folder.max_length if max_length is None else max_length, model.config.max_length
+        )
         self._prepared = PreparedNeoBERT(model) if fused_epilogues else None
         self._graphs: PackedGraphs | None = None
         if cuda_graphs:
@@ -165,13 +172,24 @@ class Encoder:
             by default bfloat16 on a GPU and float32 on a CPU. Embeddings are float32 always.
         max_length, cuda_graphs, batch_invariant, fused_epilogues: see `Encoder`.
         hub_options: passed on to transformers (revision, token, cache_dir, local_files_only, …).
+
+        Of a sentence-transformers model, `neobert contrastive`'s too, pooling, length, prompts and
+        normalization are taken (`neobert.sentence_folder`). Raises ValueError where it has a module
+        or a pooling that is not computed here.
         """
         path_or_hub_id = locate(path_or_hub_id, hub_options.get("subfolder") or "")
         device, dtype = device_and_dtype(device, dtype)
+        folder = read_sentence_folder(path_or_hub_id, **hub_options)
         tokenizer = AutoTokenizer.from_pretrained(path_or_hub_id, **hub_options)
         model = NeoBERT.from_pretrained(path_or_hub_id, dtype=dtype, **hub_options)
         return cls(
-            model.to(device), tokenizer, max_length, cuda_graphs, batch_invariant, fused_epilogues
+            model.to(device),
+            tokenizer,
+            max_length,
+            cuda_graphs,
+            batch_invariant,
+            fused_epilogues,
+            folder,
         )
 
     @property
@@ -190,8 +208,8 @@ class Encoder:
     def encode(
         self,
         texts: str | Iterable[str],
-        pooling: Pooling = "mean",
-        normalize: bool = False,
+        pooling: Pooling | None = None,
+        normalize: bool | None = None,
         prompt: str | None = None,
         max_length: int | None = None,
         max_tokens: int | None = None,
@@ -201,9 +219,10 @@ class Encoder:
         """Embeddings of `texts`, (texts, dim) float32 in input order; (dim,) for a single str.
 
         pooling: "mean" over a text's tokens, special tokens and prompt included, as in the
-            NeoBERT paper, or "cls", the first token's.
-        normalize: scale each embedding to length 1.
-        prompt: put before every text ("query: "), and pooled with it.
+            NeoBERT paper, or "cls", the first token's; by default the model's (`folder.pooling`).
+        normalize: scale each embedding to length 1; by default if the model does.
+        prompt: put before every text ("query: "), and pooled with it, "" for none; by default
+            `folder.default_prompt`, mostly "". `folder.prompts` has the model's by name.
         max_length: the most tokens of a text, special tokens and prompt included. If texts are
             truncated, one warning says how many, and `stats.truncated` holds the number.
         max_tokens: the most tokens computed at once; a text longer than that is computed alone.
@@ -239,8 +258,8 @@ class Encoder:
     def encode_stream(
         self,
         texts: Iterable[str],
-        pooling: Pooling = "mean",
-        normalize: bool = False,
+        pooling: Pooling | None = None,
+        normalize: bool | None = None,
         prompt: str | None = None,
         max_length: int | None = None,
         max_tokens: int | None = None,
@@ -253,14 +272,15 @@ class Encoder:
         input order. `texts` is read in the calling thread, a group ahead of the computation.
         total: the number of texts if it is known, for the progress bar. Else as `encode`.
         """
-        if pooling not in ("mean", "cls"):
-            raise ValueError(f"pooling must be 'mean' or 'cls', got {pooling!r}")
+        pooling, normalize = self._defaults(pooling, normalize)
+        if prompt is None:
+            prompt = self.folder.default_prompt
         if max_tokens is None:
             max_tokens = MAX_TOKENS[self.device.type]
         elif max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
         max_length = self._checked_max_length(max_length, self.max_length)
-        options = _Options(pooling, normalize, prompt or "", max_length, max_tokens)
+        options = _Options(pooling, normalize, prompt, max_length, max_tokens)
         if show_progress_bar is None:
             show_progress_bar = sys.stderr.isatty()
         return self._stream(_iterable(texts), options, show_progress_bar, total)
@@ -361,11 +381,11 @@ class Encoder:
             yield launched[:2]
 
     def embed(
-        self, batch: PackedBatch, pooling: Pooling = "mean", normalize: bool = False
+        self, batch: PackedBatch, pooling: Pooling | None = None, normalize: bool | None = None
     ) -> Tensor:
         """Embeddings of texts that are token ids already: (sequences, dim) float32 on the model's
         device, of a batch packed on the host. On a GPU it does not wait for them."""
-        return self._pooled(batch, pooling, normalize)[0]
+        return self._pooled(batch, *self._defaults(pooling, normalize))[0]
 
     @torch.inference_mode()
     def _pooled(self, batch: PackedBatch, pooling: Pooling, normalize: bool) -> tuple[Tensor, bool]:
@@ -383,6 +403,13 @@ class Encoder:
             hidden = self.model(**batch.inputs()).last_hidden_state[0]
         rows = pool(hidden, batch.cu_seqlens, pooling)
         return unit_length(rows) if normalize else rows
+
+    def _defaults(self, pooling: Pooling | None, normalize: bool | None) -> tuple[Pooling, bool]:
+        """What is asked for, and the model's own where nothing is."""
+        pooling = self.folder.pooling if pooling is None else pooling
+        if pooling not in ("mean", "cls"):
+            raise ValueError(f"pooling must be 'mean' or 'cls', got {pooling!r}")
+        return pooling, self.folder.normalize if normalize is None else normalize
 
     def _checked_max_length(self, max_length: int | None, default: int) -> int:
         if max_length is None:

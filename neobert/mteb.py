@@ -32,7 +32,6 @@ from neobert.encode import Encoder, EncodeStats, TruncationWarning
 from neobert.instructions import prompt as paper_prompt
 from neobert.local_tasks import is_local, local_task
 from neobert.locate import locate
-from neobert.sentence_folder import read_sentence_folder
 
 if TYPE_CHECKING:
     from mteb.abstasks.task_metadata import TaskMetadata
@@ -85,9 +84,8 @@ class MTEBEncoder(AbsEncoder):
     ):
         options: dict[str, Any] = {"revision": revision} if revision else {}
         path = locate(model_name)
-        self.folder = read_sentence_folder(path, **options)
-        length = self.folder.max_length if max_length is None else max_length
-        self.encoder = Encoder.from_pretrained(path, device, dtype, length, **options)
+        self.encoder = Encoder.from_pretrained(path, device, dtype, max_length, **options)
+        self.folder = self.encoder.folder
         self.max_tokens = max_tokens
         self.instructions = instructions
         self.totals = EncodeStats()
@@ -148,9 +146,7 @@ class MTEBEncoder(AbsEncoder):
             texts += batch["text"]
         embeddings = self.encoder.encode(
             texts,
-            self.folder.pooling,
-            self.folder.normalize,
-            self.prompt(task_metadata, prompt_type),
+            prompt=self.prompt(task_metadata, prompt_type),
             max_tokens=self.max_tokens,
             show_progress_bar=kwargs.get("show_progress_bar"),
         )

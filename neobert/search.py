@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neobert.encode import Encoder, Pooling, TruncationWarning
+from neobert.encode import Encoder, TruncationWarning
 from neobert.files import NpyWriter, replace_file
+from neobert.sentence_folder import Pooling
 
 INDEX, TEXTS, EMBEDDINGS = "index.json", "texts.jsonl", "embeddings.npy"
 MOST_SCORES = 1 << 26  # held at once: 256 MiB of float32
@@ -35,7 +36,8 @@ class IndexSettings:
 
     model: checkpoint directory or hub repository. field: of the records, which holds the text.
     pooling, max_length: see `Encoder`. prompt, query_prompt: put before every text, every query.
-    dtype: that the texts were embedded in; `build_index` fills it in.
+    dtype: that the texts were embedded in; `build_index` fills it in, and the encoder's max_length
+        where it is None.
     """
 
     model: str
@@ -149,7 +151,11 @@ def build_index(
     Memory stays bounded however many records there are. `total`: their number, if it is known.
     Raises ValueError if no record has a text.
     """
-    settings = replace(settings, dtype=str(encoder.dtype).removeprefix("torch."))
+    settings = replace(
+        settings,
+        dtype=str(encoder.dtype).removeprefix("torch."),
+        max_length=encoder.max_length if settings.max_length is None else settings.max_length,
+    )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / INDEX).unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """What a sentence-transformers model has beside a transformers checkpoint, read and written.
 
 modules.json                         a Transformer and a Pooling
-sentence_bert_config.json            the most tokens of a text
+sentence_bert_config.json            the most tokens of a text, if not tokenizer_config.json
 1_Pooling/config.json                how hidden states become an embedding
 config_sentence_transformers.json    prompts by name, the similarity
 """
@@ -15,6 +15,10 @@ from typing import Any, Literal
 
 from transformers.utils import cached_file
 
+from neobert.config import NeoBERTConfig
+
+Pooling = Literal["mean", "cls"]
+
 
 @dataclass(frozen=True)
 class SentenceFolder:
@@ -27,7 +31,7 @@ class SentenceFolder:
     normalize: whether embeddings are scaled to length 1.
     """
 
-    pooling: Literal["mean", "cls"] = "mean"
+    pooling: Pooling = "mean"
     max_length: int | None = None
     prompts: dict[str, str] = field(default_factory=dict)
     default_prompt: str = ""
@@ -72,19 +76,24 @@ def read_sentence_folder(path_or_hub_id: str | Path, **hub_options: Any) -> Sent
             f"{path_or_hub_id}: has prompts and pools without them (include_prompt), where an "
             "encoder pools the prompt with the text"
         )
+    max_length = (read("sentence_bert_config.json") or {}).get("max_seq_length")
+    if max_length is None:  # from its version 6 on, sentence-transformers has the tokenizer's
+        of_model = read("config.json").get("max_length", NeoBERTConfig.max_length)
+        of_tokenizer = (read("tokenizer_config.json") or {}).get("model_max_length")
+        max_length = of_model if of_tokenizer is None else min(of_tokenizer, of_model)
     default = settings.get("default_prompt_name")
     return SentenceFolder(
         _pooling(pooling, path_or_hub_id),
-        (read("sentence_bert_config.json") or {}).get("max_seq_length"),
+        max_length,
         prompts,
         prompts.get(default, "") if default else "",
         "Normalize" in kinds,
     )
 
 
-def _pooling(config: dict, where: str | Path) -> Literal["mean", "cls"]:
+def _pooling(config: dict, where: str | Path) -> Pooling:
     """From pooling_mode, or from sentence-transformers' older pooling_mode_<name>: true."""
-    known: dict[str, Literal["mean", "cls"]] = {
+    known: dict[str, Pooling] = {
         "mean": "mean",
         "mean_tokens": "mean",
         "cls": "cls",

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from neobert.cli import app
 from neobert.encode import Encoder
 from neobert.files import InputError, NpyWriter, count_lines, read_texts, replace_file
+from neobert.sentence_folder import write_sentence_folder
 from tests.tiny import HIDDEN_SIZE, MAX_LENGTH, write_tiny_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -86,6 +87,31 @@ def test_jsonl_from_standard_input_with_every_option(tmp_path, checkpoint):
     close(np.load(output), expected)
     assert f"{encoder.stats.truncated} of {len(LINES)} texts were longer than 8 tokens" in said
     assert "UserWarning" not in said and "bfloat16" in said
+
+
+def test_a_models_own_pooling_length_and_prompts(tmp_path):
+    """`encode` and `index` embed alike what a sentence-transformers folder says how to."""
+    model, source, output = tmp_path / "model", tmp_path / "texts.txt", tmp_path / "out.npy"
+    write_tiny_checkpoint(model)
+    write_sentence_folder(model, HIDDEN_SIZE, 8, {"query": "find: ", "document": "text: "})
+    (model / "1_Pooling" / "config.json").write_text('{"pooling_mode": "cls"}')
+    source.write_text("\n".join(LINES).replace("\n\n", "\n"))
+    command = ["--model", model, "--input", source, "--device", "cpu", "--output"]
+    code, said = run("index", *command, tmp_path / "index")
+    assert code == 0, said
+    code, said = run("encode", *command, output, "--prompt-name", "document", "--normalize")
+    assert code == 0 and "longer than 8 tokens" in said and "--prompt-name" not in said, said
+    close(np.load(output), np.load(tmp_path / "index" / "embeddings.npy"))
+    code, said = run("encode", *command, output)
+    assert code == 0 and "no prompt goes before the texts" in said and "query, document" in said
+    expected = Encoder.from_pretrained(model, "cpu").encode(LINES[:1], "cls", prompt="")
+    close(np.load(output)[:1], expected)
+    for options, error in (
+        (["--prompt-name", "quary"], "no prompt named 'quary'; it has query, document"),
+        (["--prompt-name", "query", "--prompt", "x"], "one of the two"),
+    ):
+        code, said = run("encode", *command, output, *options)
+        assert code == 1 and error in said, said
 
 
 @pytest.mark.parametrize(("content", "rows"), [(b"", 0), (b"\n", 1), (b"a\n\nb", 3)])

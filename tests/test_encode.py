@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from transformers import AutoModel, AutoTokenizer
 
 from neobert.encode import Encoder, TruncationWarning
+from neobert.packing import pack
+from neobert.sentence_folder import write_sentence_folder
 from tests.tiny import HIDDEN_SIZE, MAX_LENGTH, texts, write_tiny_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -121,6 +123,34 @@ def test_max_length_of_the_encoder_is_the_default(checkpoint):
     with pytest.warns(TruncationWarning, match="max_length=10"):
         encoder.encode(TEXTS[0])
     assert encoder.stats.tokens == 10
+
+
+def test_a_sentence_transformers_folder_says_how_unless_told_otherwise(tmp_path):
+    """Its pooling, length, normalization and default prompt, as sentence-transformers has them."""
+    folder = write_tiny_checkpoint(tmp_path / "model")
+    write_sentence_folder(folder, HIDDEN_SIZE, 12, {"query": "find: ", "document": "text: "})
+    theirs = SentenceTransformer(str(folder), device="cpu")
+    theirs[1].pooling_mode = "cls"
+    theirs.append(Normalize())
+    theirs.default_prompt_name = "document"
+    theirs.save(str(tmp_path / "saved"))
+    expected = theirs.encode(TEXTS)
+
+    encoder = Encoder.from_pretrained(tmp_path / "saved", device="cpu")
+    with pytest.warns(TruncationWarning, match="max_length=12"):
+        close(encoder.encode(TEXTS), expected)
+    short = pack([encoder.tokenizer(text)["input_ids"] for text in ("text: a", "text: b c")])
+    close(encoder.embed(short).numpy(), theirs.encode(["a", "b c"]))
+    with pytest.warns(TruncationWarning, match="max_length=12"):
+        found = encoder.encode(TEXTS, prompt=encoder.folder.prompts["query"])
+        close(found, theirs.encode(TEXTS, prompt_name="query"))
+
+    plain = Encoder(encoder.model, encoder.tokenizer)
+    assert (plain.max_length, encoder.folder.pooling) == (MAX_LENGTH, "cls")
+    given = dict(pooling="mean", normalize=False, prompt="", max_length=MAX_LENGTH)
+    with pytest.warns(TruncationWarning, match=f"max_length={MAX_LENGTH}"):
+        np.testing.assert_array_equal(encoder.encode(TEXTS, **given), plain.encode(TEXTS))
+    assert Encoder.from_pretrained(tmp_path / "saved", max_length=50).max_length == 50
 
 
 def test_no_texts(encoder):

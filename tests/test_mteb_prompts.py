@@ -120,14 +120,15 @@ def test_what_a_sentence_folder_says(sentence_folder, checkpoint, tmp_path):
     folder = sentence_folder({"a": "A "}, default_prompt_name="a", max_seq_length=50)
     read = read_sentence_folder(folder)
     assert (read.pooling, read.default_prompt, read.normalize) == ("mean", "A ", False)
+    assert read.max_length == SentenceTransformer(str(folder), device="cpu").max_seq_length == 50
     pooling = folder / "1_Pooling" / "config.json"
     pooling.write_text(
         json.dumps({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False})
     )
-    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 50}')
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 40}')
     assert read_sentence_folder(folder).pooling == "cls"
     model = MTEBEncoder(str(folder), device="cpu")
-    assert model.encoder.max_length == 50 and model.mteb_model_meta.experiment_kwargs is None
+    assert model.encoder.max_length == 40 and model.mteb_model_meta.experiment_kwargs is None
     for config, error in [
         ({"pooling_mode": "weightedmean"}, "pools by weightedmean"),
         ({"pooling_mode": "mean", "include_prompt": False}, "has prompts and pools without"),

@@ -58,7 +58,9 @@ def test_search_is_exact(tmp_path, checkpoint, encoder, monkeypatch, block):
     settings = IndexSettings(checkpoint, pooling="cls", prompt="document: ", query_prompt="query: ")
     assert build_index(tmp_path / "i", records(), encoder, settings) == (40, 0)
     index = Index.load(tmp_path / "i", device="cpu")
-    assert index.settings == dataclasses.replace(settings, dtype="float32")
+    assert index.settings == dataclasses.replace(
+        settings, dtype="float32", max_length=encoder.max_length
+    )
     assert index.records == records()
     queries = ["a batch of tokens", "write a file", "x"]
     with pytest.warns(match="truncated"):
