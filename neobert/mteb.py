@@ -60,7 +60,8 @@ class MTEBEncoder(AbsEncoder):
     instructions: put the paper's instruction for the task before each text. A prompt that the
         model's folder has for the task, its type or its side (query, document) comes first, an
         empty one too; a folder with a prompt for all queries or all documents gets no instructions:
-        it was trained with its own. False: no prompts at all.
+        it was trained with its own. Nor does one with empty prompts alone, which `neobert
+        contrastive` writes without instructions: it was trained without. False: no prompts at all.
 
     `totals` counts what was encoded; `empty_texts` those of white space alone, which mteb's data
     sets have, and which are embedded like any other. Two models share mteb's cached results only if
@@ -115,7 +116,9 @@ class MTEBEncoder(AbsEncoder):
         name = get_prompt_name(prompts, task_metadata, prompt_type)
         if name is not None:
             return prompts[name]
-        if self.folder.default_prompt or any(prompts.get(kind.value) for kind in PromptType):
+        own = any(prompts.get(kind.value) for kind in PromptType)
+        without = bool(prompts) and not any(prompts.values())
+        if self.folder.default_prompt or own or without:
             return self.folder.default_prompt
         return paper_prompt(task_metadata.name, task_metadata.type)
 

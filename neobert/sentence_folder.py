@@ -25,8 +25,9 @@ class SentenceFolder:
     """How a model turns hidden states into embeddings; the defaults where it does not say.
 
     max_length: tokens of a text, None for the model's own.
-    prompts: name → what to put before a text. sentence-transformers writes an empty "query" and
-        "document" into every model; they are left out where no other prompt makes them meant.
+    prompts: name → what to put before a text, "" for nothing. sentence-transformers writes an empty
+        "query" and "document" into every model; where there are only these, they say nothing and
+        are left out.
     default_prompt: of texts that no prompt names, "" for none.
     normalize: whether embeddings are scaled to length 1.
     """
@@ -69,9 +70,10 @@ def read_sentence_folder(path_or_hub_id: str | Path, **hub_options: Any) -> Sent
         )
     settings = read("config_sentence_transformers.json") or {}
     prompts = {name: text or "" for name, text in (settings.get("prompts") or {}).items()}
-    prompts = prompts if any(prompts.values()) else {}
+    if set(prompts) <= {"query", "document"} and not any(prompts.values()):
+        prompts = {}
     pooling = read(f"{modules[1]['path']}/config.json")
-    if prompts and not pooling.get("include_prompt", True):
+    if any(prompts.values()) and not pooling.get("include_prompt", True):
         raise ValueError(
             f"{path_or_hub_id}: has prompts and pools without them (include_prompt), where an "
             "encoder pools the prompt with the text"

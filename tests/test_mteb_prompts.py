@@ -13,6 +13,7 @@ from sentence_transformers import SentenceTransformer
 
 from neobert import instructions
 from neobert.mteb import BENCHMARK, MTEBEncoder
+from neobert.pairs import PairSource, prompts_of
 from neobert.sentence_folder import SentenceFolder, read_sentence_folder
 from tests import tiny
 from tests.mteb_data import RETRIEVAL, STS, encode
@@ -88,6 +89,9 @@ def sentence_folder(checkpoint, tmp_path_factory):
     ({"STS": "alike: ", "query": "q: "}, ["alike: ", "q: ", ""]),
     ({"document": "d: "}, ["", "", "d: "]),
     ({"query": "", "document": ""}, "the paper's"),  # as sentence-transformers writes by itself
+    (prompts_of([PairSource("pairs.csv")]), ["", "", ""]),  # trained here without instructions
+    (prompts_of([PairSource("a.csv", symmetric=True), PairSource("b.csv")]), ["", "", ""]),
+    (prompts_of([PairSource("pairs.csv", instruction="Find")]), ["", "Find ", ""]),
     ({"ALLNLI": "of a data set: "}, "the paper's"),
     ({"ALLNLI": "of a data set: ", "document": ""},
      ["Retrieve semantically similar text. ", "Given a query, retrieve relevant texts. ", ""]),
