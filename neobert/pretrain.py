@@ -119,6 +119,12 @@ def pretrain(config: PretrainConfig) -> Result:
         corpus = Corpus(config.data, tokenizer, cut, config.validation_documents)
     masking = Masking.of(tokenizer, config.mask_rate, config.mask_scheme)
     validation = corpus.validation(config.bin_tokens, masking)
+    if validation and not any(batch.num_masked for batch in validation):
+        raise ValueError(
+            f"validation_documents={config.validation_documents}: none of their "
+            f"{sum(batch.packed.num_tokens for batch in validation)} tokens is masked at "
+            f"mask_rate={config.mask_rate}; hold out more documents, or none"
+        )
     if accelerator.is_main_process:
         save_config(config, output / CONFIG)
     stream = TrainingStream(

@@ -95,6 +95,14 @@ def test_a_run_that_is_continued_with_other_settings(begun):
     assert pretrain(allowed).step == 6
 
 
+def test_held_out_documents_of_which_nothing_is_masked(texts, tmp_path):
+    config = settings(texts, tmp_path / "run", mask_rate=1e-6)
+    error = r"validation_documents=10: none of their \d+ tokens is masked at mask_rate=1e-06; hold"
+    with pytest.raises(ValueError, match=error):
+        pretrain(config)
+    assert pretrain(dataclasses.replace(config, validation_documents=0, steps=1)).step == 1
+
+
 def test_a_tokenizer_beyond_the_vocabulary(texts, tmp_path):
     word_tokenizer().save_pretrained(tmp_path / "tokenizer")
     config = settings(texts, tmp_path / "run", tokenizer=tmp_path / "tokenizer",
