@@ -110,6 +110,8 @@ def pretrain(config: PretrainConfig) -> Result:
         check_same_run(output / CONFIG, config, MAY_CHANGE)
         progress = load_progress(resume_from)
     step = progress["step"]
+    if step > config.steps:
+        raise ValueError(f"steps={config.steps}, but {resume_from} is of step {step}")
     began -= progress["seconds"]
 
     # --- data -------------------------------------------------------------------------------------
@@ -183,7 +185,9 @@ def pretrain(config: PretrainConfig) -> Result:
         if validation and step == 0:
             metrics.write(0, **{UNIGRAMS: unigram_entropy(validation, masking.special_ids)})
 
-    result = Result(step, math.nan, checkpoint=resume_from)
+    result = Result(
+        step, progress.get("loss", math.nan), progress.get("validation", {}), resume_from
+    )
     since, tokens_since = time.perf_counter(), 0
     with stop_signals() as stop, stream:
         for batches, states in islice(stream, config.steps - step):
@@ -267,6 +271,7 @@ def pretrain(config: PretrainConfig) -> Result:
             if step % config.save_every == 0 or step == config.steps or result.stopped_by:
                 progress["lanes"] = gather_states(accelerator, states)
                 progress["seconds"] = time.perf_counter() - began
+                progress |= {"loss": result.loss, "validation": result.validation}
                 if hub:
                     hub.wait()  # saving may remove what is being uploaded
                 result.checkpoint = save_checkpoint(

@@ -1,5 +1,6 @@
 """The trainer: what a step computes, that it is the same however it is cut, and exact restarts."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -224,9 +225,11 @@ def test_what_a_run_leaves(finished):
 
 
 def test_a_finished_run_does_nothing(finished):
-    config, _ = finished
-    assert pretrain(config).step == 8
+    config, result = finished
+    assert pretrain(config) == result  # its loss and last validation, too
     assert len(curve(config)) == 11
+    with pytest.raises(ValueError, match=r"steps=7, but .*step-00000008 is of step 8"):
+        pretrain(dataclasses.replace(config, steps=7))
 
 
 def test_forward_flop_of_the_released_model():
