@@ -82,8 +82,9 @@ def mteb(
 ) -> None:
     """Score embeddings on MTEB: the paper's Table 4, as Markdown and JSON.
 
-    Results are written as they come; a run that was stopped goes on with the next task. A score is
-    known by the model's files, dtype, length and instructions. The paper's scores are of float16.
+    Results are written as they come; a run that was stopped goes on with the next task. Tasks that
+    fail are named at the end, and are not in the table. A score is known by the model's files,
+    dtype, length and instructions. The paper's scores are of float16.
     """
     try:
         from neobert import mteb_table
@@ -91,7 +92,7 @@ def mteb(
     except ImportError as error:
         raise need_extra(error, *EXTRA) from error
     quiet()
-    results = []
+    results, failure = [], None
     try:
         selected = select_tasks([name for name in tasks.split(",") if name], benchmark, data)
         typer.echo(f"loading {model}", err=True)
@@ -105,7 +106,11 @@ def mteb(
         )
         for task, result in evaluate(encoder, selected, output, progress):
             results.append((task, result))
-    except (EvaluationError, ValueError, OSError) as error:
+    except EvaluationError as error:
+        if not results:
+            raise fail(error) from error
+        failure = error
+    except (ValueError, OSError) as error:
         raise fail(error) from error
     summary = mteb_table.summary(encoder.mteb_model_meta, results, benchmark)
     path = mteb_table.write(output, encoder.mteb_model_meta, summary)
@@ -118,6 +123,8 @@ def mteb(
         f"{encoder.empty_texts:,} empty",
         err=True,
     )
+    if failure:
+        raise fail(failure) from failure
 
 
 @app.command()

@@ -46,7 +46,7 @@ PAPER = """@misc{lebreton2025neobert,
 
 
 class EvaluationError(RuntimeError):
-    """A task that gave no score; the message names it."""
+    """Tasks that gave no score; the message has a line for each."""
 
 
 class MTEBEncoder(AbsEncoder):
@@ -272,9 +272,10 @@ def evaluate(
 
     Results are written as they come, so that a run that is stopped goes on with the next task.
     show_progress_bar: of tasks and of texts; None shows them when standard error is a terminal.
-    Raises EvaluationError, naming the task, for data that cannot be read, an embedding that is not
-    finite and a score that is none.
+    A task fails if its data cannot be read, an embedding is not finite, or its score is none. The
+    others are evaluated all the same; then EvaluationError names those that failed.
     """
+    failed: list[str] = []
     cache = mteb.ResultCache(output)
     if show_progress_bar is None:
         show_progress_bar = sys.stderr.isatty()
@@ -292,9 +293,12 @@ def evaluate(
                 show_progress_bar=False,
             ).task_results
             score = result.get_score()
+            if not math.isfinite(score):
+                file = cache.get_task_result_path(name, model.mteb_model_meta)
+                raise ValueError(f"its {task.metadata.main_score} is {score} ({file})")
         except (OSError, ValueError) as error:
-            raise EvaluationError(f"{name}: {error}") from error
-        if not math.isfinite(score):
-            file = cache.get_task_result_path(name, model.mteb_model_meta)
-            raise EvaluationError(f"{name}: its {task.metadata.main_score} is {score} ({file})")
+            failed.append(f"{name}: {error}")
+            continue
         yield task, result
+    if failed:
+        raise EvaluationError("\n".join(failed))

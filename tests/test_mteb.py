@@ -102,6 +102,28 @@ def test_a_score_that_is_none_is_an_error(checkpoint, tmp_path, monkeypatch):
             list(evaluate(model, select_tasks([str(tmp_path / "sts.jsonl")]), tmp_path / "out"))
 
 
+def test_a_task_that_fails_leaves_the_others_theirs(model, checkpoint, tmp_path):
+    """They are evaluated and in the command's table, whose exit says that one failed."""
+    for name in ("first", "last"):
+        write_sts(tmp_path / f"{name}.jsonl")
+    # One cosine for all: nothing correlates with it.
+    lines = [{"sentence1": "a", "sentence2": "b", "score": score} for score in (1.0, 2.0, 3.0)]
+    (tmp_path / "bad.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    names = [str(tmp_path / f"{name}.jsonl") for name in ("first", "bad", "last")]
+    found = []
+    with pytest.raises(EvaluationError, match=r"^bad-\w+: .*\nbad-\w+: [^\n]*$"):
+        for task, _ in evaluate(model, select_tasks([*names, names[1]]), tmp_path / "out"):
+            found.append(task.metadata.name.split("-")[0])
+    assert found == ["first", "last"]
+    command = ["eval", "mteb", "--model", checkpoint, "--device", "cpu", "--output", tmp_path / "c"]
+    code, said = run(*command, "--tasks", ",".join(names))
+    assert code == 1 and "Error: bad-" in said and "| Class. | Clust. |" in said, said
+    [table] = (tmp_path / "c").glob("*.json")
+    assert json.loads(table.read_text())["average"]["tasks"] == 2
+    code, said = run(*command, "--tasks", names[1])
+    assert code == 1 and "Error: bad-" in said and "Class." not in said, said
+
+
 def test_model_meta(checkpoint, model, tmp_path):
     meta = model.mteb_model_meta
     assert meta.name == f"local/{checkpoint.name}" and len(meta.revision) == 40
