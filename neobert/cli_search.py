@@ -129,29 +129,41 @@ def search(
 
     disable_progress_bar()  # transformers', for loading the weights
     try:
-        if query is not None and not query.strip():
-            raise ValueError("the query is empty")
+        if query is not None:
+            _check_query(query)
         loaded = Index.load(index, model, device)
+        for asked in _queries() if query is None else [query]:
+            (hits,) = loaded.search([asked], k)
+            for rank, hit in enumerate(hits, 1):
+                if as_json:
+                    found = {"query": asked, "rank": rank, "score": round(hit.score, 6)}
+                    typer.echo(json.dumps(found | hit.record | found, ensure_ascii=False))
+                else:
+                    typer.echo(_line(rank, hit, loaded.settings.field))
     except (ValueError, OSError) as error:
         raise fail(error) from error
-    for asked in _queries() if query is None else [query]:
-        (hits,) = loaded.search([asked], k)
-        for rank, hit in enumerate(hits, 1):
-            if as_json:
-                found = {"query": asked, "rank": rank, "score": round(hit.score, 6)}
-                typer.echo(json.dumps(found | hit.record | found, ensure_ascii=False))
-            else:
-                typer.echo(_line(rank, hit, loaded.settings.field))
+
+
+def _check_query(query: str) -> None:
+    if not query.strip():
+        raise ValueError("the query is empty")
+    try:
+        query.encode()
+    except UnicodeEncodeError as error:  # the shell's bytes, escaped
+        raise ValueError(f"the query is not UTF-8: {query!r:.80}") from error
 
 
 def _queries() -> Iterator[str]:
     """Lines from standard input, with a prompt on a terminal; blank ones are passed over."""
+    from neobert.files import read_texts
+
     asking = sys.stdin.isatty()
+    lines = read_texts(sys.stdin.buffer, "stdin", None)
     while True:
         if asking:
             typer.echo("\nsearch> ", nl=False)
-        line = sys.stdin.readline()
-        if not line:
+        line = next(lines, None)
+        if line is None:
             return
         if line.strip():
             yield line.strip()

@@ -146,12 +146,17 @@ def test_the_commands(tmp_path, checkpoint):
     found = [json.loads(line) for line in said.splitlines()]
     assert [each["query"] for each in found] == ["first query"] * 2 + ["second"] * 2
     assert [each["rank"] for each in found] == [1, 2, 1, 2] and "body" in found[0]
+    code, said = run("search", "--index", folder, "--json", "-k", 1, "--device", "cpu",
+                     stdin=b"a query\nopen \xff file\n")  # fmt: skip
+    assert code == 1 and said.startswith('{"query": "a query"'), said
+    assert "Error: stdin, line 2: not UTF-8" in said
 
 
 @pytest.mark.parametrize(
     ("command", "message"),
     [
         (["search", " ", "--index", "i"], "the query is empty"),
+        (["search", "a \udcff", "--index", "i"], "the query is not UTF-8: 'a \\udcff'"),
         (["search", "a", "--index", "absent"], "absent is not an index"),
         (["search", "a", "--index", "i", "--model", "gone"], "'gone' is neither a directory nor"),
         (["index", "--input", "absent.txt", "--output", "o", "--model", "m/m"], "absent.txt"),
