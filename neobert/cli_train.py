@@ -61,10 +61,11 @@ def pretrain(
     try:
         from neobert.pretrain import pretrain as run
         from neobert.recipes import load_config
+        from neobert.settings import assign
     except ImportError as error:
         raise need_extra(error, *EXTRA) from error
-    given = [f"data={[{'path': path} for path in data]}"] if data else []
-    given += [f"output={output}"] if output else []
+    given = [assign("data", [{"path": path} for path in data])] if data else []
+    given += [assign("output", output)] if output else []
     _train(
         lambda: load_config(preset, config, [*given, *(overrides or [])]),
         run,
@@ -127,11 +128,12 @@ def contrastive(
     try:
         from neobert.contrastive import contrastive as run
         from neobert.contrastive_recipes import load_config
+        from neobert.settings import assign
     except ImportError as error:
         raise need_extra(error, *EXTRA) from error
-    given = [f"data={[{'path': path} for path in data]}"] if data else []
-    given += [f"start_from={start_from}"] if start_from else []
-    given += [f"output={output}"] if output else []
+    given = [assign("data", [{"path": path} for path in data])] if data else []
+    given += [assign("start_from", start_from)] if start_from else []
+    given += [assign("output", output)] if output else []
     _train(
         lambda: load_config(preset, config, [*given, *(overrides or [])]),
         run,

@@ -28,6 +28,7 @@ from neobert.pretrain import pretrain
 from neobert.recipes import load_config as pretrain_config
 from neobert.retrieval import bm25_scores, recall_at
 from neobert.search import Index, IndexSettings, build_index, truncation_expected
+from neobert.settings import assign
 from neobert.stopwatch import step
 
 K = 10
@@ -79,7 +80,13 @@ def learn(folder: Path, names: dict[str, str]) -> Path:
     print("masked-LM pre-training")
     pretrain(
         pretrain_config(
-            "tiny", None, [f"data=[{{path: {texts}}}]", f"output={folder}/pretrain", *PRETRAIN]
+            "tiny",
+            None,
+            [
+                assign("data", [{"path": str(texts)}]),
+                assign("output", f"{folder}/pretrain"),
+                *PRETRAIN,
+            ],
         )
     )
     print("contrastive training: names and summaries find their docstrings")
@@ -88,9 +95,9 @@ def learn(folder: Path, names: dict[str, str]) -> Path:
             "tiny",
             None,
             [
-                f"data=[{{path: {pairs}}}, {{path: {summaries}}}]",
-                f"start_from={folder}/pretrain",
-                f"output={folder}/contrastive",
+                assign("data", [{"path": str(pairs)}, {"path": str(summaries)}]),
+                assign("start_from", f"{folder}/pretrain"),
+                assign("output", f"{folder}/contrastive"),
                 *CONTRASTIVE,
             ],
         )

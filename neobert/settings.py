@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -95,6 +96,11 @@ def load(
         raise ValueError(f"not YAML: {error}") from error
     except OmegaConfBaseException as error:
         raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+
+
+def assign(key: str, value: object) -> str:
+    """The override that gives `key` this value, whatever characters its strings have."""
+    return f"{key}={json.dumps(value, ensure_ascii=False)}"  # JSON is YAML
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -95,3 +95,13 @@ def test_errors_of_prepare(tmp_path, texts, tokenizer):
     path.write_bytes(content)
     code, said = prepare(texts, tokenizer, tmp_path / "shards", "--check")
     assert code == 1 and "00000.tokens: its checksum is wrong" in said
+
+
+@pytest.mark.parametrize("name", ["a, b", "a: b #c", "[a", "it's \u00e9\U0001f600", "12", "null"])
+def test_options_are_taken_as_they_are_typed(tmp_path, name):
+    code, said = invoke("pretrain", "--preset", "tiny", "--data", f"{name}.txt", "--data", "x.txt",
+                        "--output", name, "--show")  # fmt: skip
+    assert code == 0, said
+    (tmp_path / "shown.yaml").write_text(said)
+    config = load_config(None, tmp_path / "shown.yaml")
+    assert config.output == name and [each.path for each in config.data] == [f"{name}.txt", "x.txt"]

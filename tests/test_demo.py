@@ -85,6 +85,7 @@ def test_demo_trains_measures_and_leaves_an_index(tmp_path, monkeypatch, capsys)
     pretrain = (*shape, "steps=3", "validate_every=3", "validation_documents=10", *rest)
     monkeypatch.setattr(demo_search, "PRETRAIN", pretrain)
     monkeypatch.setattr(demo_search, "CONTRASTIVE", ("steps=4", "batch_size=16", *rest))
+    tmp_path = tmp_path / "one, two: three #4"  # a folder's name is not YAML
     found = demo_search.demonstrate_search(tmp_path)
     shown = capsys.readouterr().out
 
