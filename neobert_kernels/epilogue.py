@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._checks import at_least_float32, check_dtype, check_same_device, check_same_dtype, check_shape
-from ._library import define, ops
+from ._library import define, is_any_autocast_enabled, ops
 from .rotary import check_table
 from .rotary import reference as rotary_reference
 from .swiglu import reference as swiglu_reference
@@ -184,21 +184,37 @@ def reference_squares(x: Tensor) -> Tensor:
 
 
 def reference_add(x: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    product = F.linear(at_least_float32(x), at_least_float32(weight))
-    total = (at_least_float32(residual) + product).to(residual.dtype)
+    total = (at_least_float32(residual) + _product(x, weight)).to(residual.dtype)
     return total, reference_squares(total)
 
 
 def _rms_linear(x: Tensor, squares: Tensor, weight: Tensor, eps: float) -> Tensor:
     """In float32 throughout: before rstd, outliers may take a product beyond float16."""
     x = x if x.dtype == torch.float64 else x.to(weight.dtype)
-    product = F.linear(at_least_float32(x), at_least_float32(weight))
-    return product * torch.rsqrt(squares.sum(1, keepdim=True) / x.shape[1] + eps)
+    rstd = torch.rsqrt(squares.sum(1, keepdim=True) / x.shape[1] + eps)
+    return _product(x, weight) * rstd
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """In float32, also where autocast would round what PyTorch multiplies."""
+    x, weight = at_least_float32(x), at_least_float32(weight)
+    if is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, weight)
+    return F.linear(x, weight)
 
 
 def reference_swiglu(x: Tensor, squares: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return reference_swiglu_keep(x, squares, weight, eps)[0]
+
+
+def reference_swiglu_keep(
+    x: Tensor, squares: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """As `reference_swiglu`; also what it gates, as swiglu takes it: gate's columns before up's."""
     pairs = _rms_linear(x, squares, weight, eps).unflatten(1, (-1, 2))
-    return swiglu_reference(pairs.transpose(1, 2).flatten(1)).to(weight.dtype)
+    gate_up = pairs.transpose(1, 2).flatten(1)
+    return swiglu_reference(gate_up).to(weight.dtype), gate_up.to(weight.dtype)
 
 
 def reference_rotary(
@@ -228,6 +244,11 @@ define(
 define(
     "rms_linear_swiglu(Tensor x, Tensor squares, Tensor weight, float eps) -> Tensor",
     reference_swiglu,
+)
+define(
+    "rms_linear_swiglu_keep(Tensor x, Tensor squares, Tensor weight, float eps)"
+    " -> (Tensor y, Tensor gate_up)",
+    reference_swiglu_keep,
 )
 define(
     "rms_linear_rotary(Tensor x, Tensor squares, Tensor weight, Tensor cos, Tensor sin,"

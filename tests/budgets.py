@@ -56,6 +56,12 @@ def launches() -> Iterator[tuple[str, str, Callable[[], object]]]:
             name,
             lambda x=x, s=stream: rms_norm.add_rms_norm_bwd(x, s, s, weight, rstd),
         )
+        if branch == half:  # of a stream whose gradient goes through the norm's
+            yield (
+                "rms_norm",
+                name,
+                lambda x=x, s=stream: rms_norm.rms_norm_bwd(x, s, s, weight, rstd),
+            )
     for dtype in (half, full):
         x, name = torch.zeros(4, DIM, dtype=dtype), str(dtype).removeprefix("torch.")
         gate_up, qkv = x.new_zeros(4, 2 * WIDTH), x.new_zeros(4, HEADS, 3, HEAD_DIM)
@@ -148,6 +154,11 @@ def epilogue_launches() -> Iterator[tuple[str, str, Callable[[], object]]]:
             "epilogue",
             name,
             lambda x=x, s=squares, w=w12: epilogue.rms_linear_swiglu(x, s, w, 1e-5),
+        )
+        yield (
+            "epilogue",
+            name,
+            lambda x=x, s=squares, w=w12: epilogue.rms_linear_swiglu_keep(x, s, w, 1e-5),
         )
 
 

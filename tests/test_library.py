@@ -49,6 +49,7 @@ def samples(dtype):
         "sum_of_squares": (x,),
         "linear_add": (x, vocabulary, (x @ vocabulary.t()).float()),
         "rms_linear_swiglu": (x, squares, vocabulary, 1e-5),
+        "rms_linear_swiglu_keep": (x, squares, vocabulary, 1e-5),
         "rms_linear_rotary": (x, squares, projection, cos, sin, positions, 1e-5),
         "varlen_attention": (q, k, v, cu_seqlens, 7, 0.25),
         "varlen_attention_bwd": (out.clone(), q, k, v, out, lse, cu_seqlens, 7, 0.25),
@@ -139,7 +140,8 @@ def test_compiles_into_one_graph_with_dynamic_tokens(backend):
 
 
 # Fused for GPUs. On a CPU `linear` and `linear_swiglu` have these epilogues but for the norm's.
-WITHOUT_CPU_KERNEL = {"sum_of_squares", "linear_add", "rms_linear_swiglu", "rms_linear_rotary"}
+WITHOUT_CPU_KERNEL = {"sum_of_squares", "linear_add", "rms_linear_swiglu", "rms_linear_swiglu_keep",
+                      "rms_linear_rotary"}  # fmt: skip
 
 
 def check_table():

@@ -70,9 +70,12 @@ def _programs_of_epilogue(arch: int, name: str, float32: bool) -> int:
     kernel, variant = name.removeprefix("epilogue ").split(", ")
     if kernel == "squares":
         return 1
-    kernel = kernel.split()[0]
-    wide = kernel == "add" and variant.endswith("on float32")
-    return table["add_float32" if wide else kernel]["PROGRAMS"]
+    kernel, *flags = kernel.split()
+    if "KEEP" in flags:
+        kernel = "swiglu_keep"
+    elif kernel == "add" and variant.endswith("on float32"):
+        kernel = "add_float32"
+    return table[kernel]["PROGRAMS"]
 
 
 @pytest.mark.parametrize("arch", budgets.SHARED)

@@ -35,15 +35,24 @@ _WIDE = {
 }
 _SQUARE = _WIDE | {"BLOCK_N": BLOCK}
 _PAIR = _SQUARE | {"num_warps": 4, "PROGRAMS": 2}
-_HOPPER = {"swiglu": _WIDE, "rotary": _WIDE, "add": _PAIR, "add_float32": _SQUARE}
+_HOPPER = {
+    "swiglu": _WIDE,
+    "swiglu_keep": _WIDE,
+    "rotary": _WIDE,
+    "add": _PAIR,
+    "add_float32": _SQUARE,
+}
 _POINTERS = {"BLOCK_K": 32, "DESCRIPTORS": False, "FLATTEN": False}
 _AMPERE = _PAIR | _POINTERS | {"num_stages": 4}
+# With registers for an epilogue that has more to store or to load.
+_AMPERE_ALONE = _AMPERE | {"num_warps": 8, "PROGRAMS": 1}
 TILES = {
     80: {
         "swiglu": _AMPERE,
+        "swiglu_keep": _AMPERE_ALONE,
         "rotary": _AMPERE,
         "add": _AMPERE,
-        "add_float32": _AMPERE | {"num_warps": 8, "PROGRAMS": 1},
+        "add_float32": _AMPERE_ALONE,
     },
     90: _HOPPER,
     100: _HOPPER,
@@ -105,18 +114,21 @@ def _swiglu(
     weight,
     squares_ptr,
     y_ptr,
+    gate_up_ptr,
     tokens,
     eps,
     N: tl.constexpr,
     DEPTH: tl.constexpr,
     BLOCKS: tl.constexpr,
+    KEEP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
-    """silu(gate) * up of a tile; gate and up are neighbouring columns, and so in one thread."""
+    """silu(gate) * up of a tile; gate and up are neighbouring columns, and so in one thread. With
+    KEEP they are stored too, the gate's columns before the up's, as swiglu_bwd reads them."""
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     WIDTH: tl.constexpr = N // 2
     tiles = tl.cdiv(tokens, BLOCK_M) * TILES_N
@@ -129,10 +141,14 @@ def _swiglu(
         live = row < tokens
         product *= _rstd(squares_ptr, row, live, eps, DEPTH, BLOCKS)[:, None]
         gate, up = tl.split(tl.reshape(product, [BLOCK_M, BLOCK_N // 2, 2]))
-        y = gate * tl.sigmoid(gate) * up
         column = n // 2 + tl.arange(0, BLOCK_N // 2)
-        ptrs = y_ptr + row[:, None] * WIDTH + column[None, :]
         mask = live[:, None] & (column < WIDTH)[None, :]
+        if KEEP:
+            gate_ptrs = gate_up_ptr + row[:, None] * N + column[None, :]
+            tl.store(gate_ptrs, gate.to(gate_up_ptr.dtype.element_ty), mask=mask)
+            tl.store(gate_ptrs + WIDTH, up.to(gate_up_ptr.dtype.element_ty), mask=mask)
+        y = gate * tl.sigmoid(gate) * up
+        ptrs = y_ptr + row[:, None] * WIDTH + column[None, :]
         tl.store(ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -308,20 +324,32 @@ def linear_add(x: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Ten
     return total, squares
 
 
+def _gated(
+    op: str, tiles: str, x: Tensor, squares: Tensor, weight: Tensor, eps: float, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    tokens, columns = x.shape[0], weight.shape[0]
+    y = torch.empty(tokens, columns // 2, dtype=weight.dtype, device=x.device)
+    gate_up = torch.empty(tokens, columns, dtype=y.dtype, device=x.device) if keep else None
+    if y.numel():
+        grid, operands, constants = _main_loop(op, tiles, x, weight, squares=squares)
+        with on_device(x):
+            _swiglu[grid](
+                *operands, squares.contiguous(), y, gate_up, tokens, eps,
+                BLOCKS=squares.shape[1], KEEP=keep, **constants,
+            )  # fmt: skip
+    return y, gate_up
+
+
 @impl("rms_linear_swiglu", "CUDA")
 def rms_linear_swiglu(x: Tensor, squares: Tensor, weight: Tensor, eps: float) -> Tensor:
-    y = torch.empty(x.shape[0], weight.shape[0] // 2, dtype=weight.dtype, device=x.device)
-    if not y.numel():
-        return y
-    grid, operands, constants = _main_loop(
-        "rms_linear_swiglu", "swiglu", x, weight, squares=squares
-    )
-    with on_device(x):
-        _swiglu[grid](
-            *operands, squares.contiguous(), y, x.shape[0], eps,
-            BLOCKS=squares.shape[1], **constants,
-        )  # fmt: skip
-    return y
+    return _gated("rms_linear_swiglu", "swiglu", x, squares, weight, eps, keep=False)[0]
+
+
+@impl("rms_linear_swiglu_keep", "CUDA")
+def rms_linear_swiglu_keep(
+    x: Tensor, squares: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor | None]:
+    return _gated("rms_linear_swiglu_keep", "swiglu_keep", x, squares, weight, eps, keep=True)
 
 
 @impl("rms_linear_rotary", "CUDA")

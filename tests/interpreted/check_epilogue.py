@@ -10,6 +10,7 @@ from neobert_kernels.epilogue import (
     reference_rotary,
     reference_squares,
     reference_swiglu,
+    reference_swiglu_keep,
 )
 
 EPS = 1e-5
@@ -71,6 +72,23 @@ def test_rms_linear_swiglu(kernels, arch, shape, dtype):
     gate, up = terms.unflatten(1, (-1, 2)).unbind(2)
     # An error in gate is multiplied by up, and one in up by gate.
     assert_rounded_once(ours, plain, truth, gate * up, f"y of {shape}")
+
+
+def gate_up_reference(x, squares, weight, eps):
+    return reference_swiglu_keep(x, squares, weight, eps)[1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SWIGLU, ids=str)
+def test_rms_linear_swiglu_keep(kernels, arch, shape, dtype):
+    """y has the bits of inference; what is kept is the product, gate's columns before up's."""
+    x, squares, weight = make(shape, dtype)
+    y, gate_up = kernels.rms_linear_swiglu_keep(x, squares, weight, EPS)
+    assert torch.equal(y, kernels.rms_linear_swiglu(x, squares, weight, EPS))
+    assert gate_up.dtype == dtype[1] and gate_up.shape == shape[:2] and gate_up.is_contiguous()
+    plain, truth, terms = float32_of(gate_up_reference, x, squares, weight)
+    terms = torch.cat([terms[:, ::2], terms[:, 1::2]], 1)
+    assert_rounded_once(gate_up, plain, truth, terms, f"gate_up of {shape}")
 
 
 # (tokens, heads, head_dim, in_features): tiles that hold whole heads and that cut through them.
@@ -171,9 +189,9 @@ def test_rows_do_not_depend_on_the_batch(kernels, arch):
     def run(rows):
         table_of_rows = (cos, sin, positions[rows].contiguous())
         total, sums = kernels.linear_add(x[rows], weight, residual[rows])
-        y = kernels.rms_linear_swiglu(x[rows], squares[rows], weight, EPS)
+        y, gate_up = kernels.rms_linear_swiglu_keep(x[rows], squares[rows], weight, EPS)
         qkv = kernels.rms_linear_rotary(x[rows], squares[rows], weight, *table_of_rows, EPS)
-        return total, sums, y, qkv
+        return total, sums, y, gate_up, qkv
 
     together = run(torch.arange(140))
     for rows in (torch.tensor([139]), torch.randperm(140), torch.arange(3, 70)):
@@ -186,6 +204,8 @@ def test_no_tokens(kernels, arch):
     cos, sin, positions = table(64, 0, 77)
     assert kernels.sum_of_squares(x).shape == (0, 1)
     assert kernels.rms_linear_swiglu(x, squares, weight, EPS).shape == (0, 192)
+    y, gate_up = kernels.rms_linear_swiglu_keep(x, squares, weight, EPS)
+    assert y.shape == (0, 192) and gate_up.shape == (0, 384)
     qkv = kernels.rms_linear_rotary(x, squares, weight, cos, sin, positions, EPS)
     assert qkv.shape == (0, 2, 3, 64)
     total, squares = kernels.linear_add(x, weight, x.new_empty(0, 384))

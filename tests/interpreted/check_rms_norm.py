@@ -66,11 +66,11 @@ def test_add_rms_norm(kernels, shape, dtypes):
 
 
 @pytest.mark.parametrize("with_dtotal", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_rms_norm_bwd(kernels, shape, dtype, with_dtotal):
-    x, weight, dy = make(shape, dtype), torch.randn(shape[-1]), make(shape, dtype)
-    dtotal = make(shape, dtype) if with_dtotal else None
+def test_rms_norm_bwd(kernels, shape, dtypes, with_dtotal):
+    x, weight, dy = make(shape, dtypes[1]), torch.randn(shape[-1]), make(shape, dtypes[0])
+    dtotal = make(shape, dtypes[1]) if with_dtotal else None
     rstd, rstd64 = reference(x, weight, EPS)[1], reference(*double(x, weight), EPS)[1]
     ours = kernels.rms_norm_bwd(dy, dtotal, x, weight, rstd)
     plain = reference_bwd(dy, dtotal, x, weight, rstd)
