@@ -118,11 +118,16 @@ def unchecked_linear_swiglu(x: Tensor, weight: Tensor, batch_invariant: bool = F
     return ops.linear_swiglu(x, weight)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype of products on x's device under autocast; None where it is off."""
+    if is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return None
+
+
 def _autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        return x.to(dtype), weight.to(dtype)
-    return x, weight
+    dtype = autocast_dtype(x)
+    return (x, weight) if dtype is None else (x.to(dtype), weight.to(dtype))
 
 
 def _served_by_pytorch(x: Tensor) -> bool:

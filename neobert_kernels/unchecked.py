@@ -17,6 +17,7 @@ from .rotary_attention import unchecked_rotary_attention_ as rotary_attention_
 linear_add = ops.linear_add
 rms_linear_rotary = ops.rms_linear_rotary
 rms_linear_swiglu = ops.rms_linear_swiglu
+sum_of_squares = ops.sum_of_squares
 
 __all__ = [
     "apply_rotary_qkv_",
@@ -27,5 +28,6 @@ __all__ = [
     "rms_linear_swiglu",
     "rms_norm",
     "rotary_attention_",
+    "sum_of_squares",
     "varlen_attention_qkv",
 ]
