@@ -45,6 +45,10 @@ def make_batch_invariant(model: NeoBERT) -> None:
             f"batch_invariant: {', '.join(missing)} have no kernel for {kind} here, and PyTorch's "
             "own ops promise no bits (`python -m neobert_kernels` says what serves and why)"
         )
+    if model.fused_epilogues:
+        raise ValueError(
+            "batch_invariant: the model has fused epilogues, which do not promise bits"
+        )
     for name, module in model.named_modules():
         compiled = module._compiled_call_impl is not None
         if type(module) not in _MODULES or not is_bare(module, type(module)) or compiled:

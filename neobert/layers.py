@@ -10,13 +10,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from neobert.config import NeoBERTConfig
 from neobert.packing import PaddedLayout, sequence_of_token, unpack_padded
-from neobert_kernels import swiglu
+from neobert_kernels import epilogue_training, swiglu
 from neobert_kernels.unchecked import (
     apply_rotary_qkv_,
     linear,
     linear_swiglu,
     rms_norm,
     rotary_attention_,
+    varlen_attention_qkv,
 )
 
 
@@ -184,9 +185,18 @@ class NeoBERTBlock(GradientCheckpointingLayer):
         cu_seqlens: Tensor,
         max_seqlen: int,
         tokens_to_keep: Tensor | None = None,
-    ) -> Tensor:
+        squares: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """tokens_to_keep: (kept,) int64; what lies after the attention is computed for these tokens
-        alone, and (kept, dim) returned."""
+            alone, and (kept, dim) returned.
+        squares: `sum_of_squares` of hidden. With it the block is computed by the ops of
+            `neobert_kernels.epilogue_training`, and those of what it returns are returned too. (Two
+            tensors rather than one pair of them: reentrant checkpointing looks into no argument.)
+        """
+        if squares is not None:
+            return self._fused(
+                hidden, squares, cos, sin, positions, cu_seqlens, max_seqlen, tokens_to_keep
+            )
         modules: Any = self._modules
         qkv = project(modules["qkv"], norm(modules["attention_norm"], hidden))
         attended = rotary_attention_(
@@ -198,6 +208,31 @@ class NeoBERTBlock(GradientCheckpointingLayer):
             hidden = hidden.index_select(0, tokens_to_keep)
         hidden = project(modules["wo"], attended, hidden)
         return modules["ffn"](norm(modules["ffn_norm"], hidden), hidden)
+
+    def _fused(
+        self,
+        hidden: Tensor,
+        squares: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        tokens_to_keep: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        qkv, wo, w12, w3, attention_norm, ffn_norm = bare_weights(self)
+        rotated, hidden = epilogue_training.norm_linear_rotary(
+            hidden, squares, qkv, attention_norm, cos, sin, positions, self.attention_norm.eps
+        )
+        attended = varlen_attention_qkv(rotated, cu_seqlens, max_seqlen, self.scale).flatten(1)
+        if tokens_to_keep is not None:
+            attended = attended.index_select(0, tokens_to_keep)
+            hidden = hidden.index_select(0, tokens_to_keep)
+        hidden, squares = epilogue_training.linear_add(attended, wo, hidden)
+        gated, hidden = epilogue_training.norm_linear_swiglu(
+            hidden, squares, w12, ffn_norm, self.ffn_norm.eps
+        )
+        return epilogue_training.linear_add(gated, w3, hidden)
 
     def rotated_qkv(self, hidden: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
         """(tokens, heads, 3, head_dim): the projection packs [q, k, v] per head."""
@@ -223,3 +258,35 @@ class NeoBERTBlock(GradientCheckpointingLayer):
         # Not -inf: a padded row's softmax would be NaN, and so would every gradient through it.
         scores = scores.masked_fill(~attends, torch.finfo(scores.dtype).min)
         return scores.softmax(-1).masked_fill(~attends, 0.0).to(hidden.dtype)
+
+
+def bare_weights(block: NeoBERTBlock, name: str = "block") -> tuple[Tensor, ...]:
+    """The weights of qkv, wo, w12 and w3 and the gains of attention_norm and ffn_norm, for ops that
+    take them in the place of the modules.
+
+    Raises ValueError for a module that does more than use its weight; `name` is that of the block.
+    """
+    modules: Any = block._modules
+    ffn = modules["ffn"]
+    check_bare(f"{name}.ffn", ffn, SwiGLU)
+    found = []
+    for part, module, cls in (
+        ("qkv", modules["qkv"], Linear),
+        ("wo", modules["wo"], Linear),
+        ("ffn.w12", ffn._modules["w12"], Linear),
+        ("ffn.w3", ffn._modules["w3"], Linear),
+        ("attention_norm", modules["attention_norm"], RMSNorm),
+        ("ffn_norm", modules["ffn_norm"], RMSNorm),
+    ):
+        check_bare(f"{name}.{part}", module, cls)
+        found.append(module.weight)
+    return tuple(found)
+
+
+def check_bare(name: str, module: nn.Module, cls: type[nn.Module]) -> None:
+    """Raises ValueError unless `is_bare`."""
+    if not is_bare(module, cls):
+        raise ValueError(
+            f"{name} must be a bare {cls.__name__}, since fused epilogues use its weight alone; it"
+            f" is a {type(module).__name__}, or one with hooks or another forward"
+        )

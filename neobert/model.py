@@ -41,7 +41,7 @@ from neobert.door import (
 )
 from neobert.layers import NeoBERTBlock, RMSNorm, RotaryTable, is_bare
 from neobert.packing import pack_padded, unpack_padded
-from neobert_kernels import linear_cross_entropy
+from neobert_kernels import linear_cross_entropy, unchecked
 from neobert_kernels._checks import check_dtype
 
 
@@ -127,7 +127,13 @@ class NeoBERTPreTrainedModel(PreTrainedModel):
 
 
 class NeoBERT(NeoBERTPreTrainedModel):
-    """The encoder: token embedding, pre-norm blocks, final RMSNorm."""
+    """The encoder: token embedding, pre-norm blocks, final RMSNorm.
+
+    fused_epilogues: whether blocks are computed with their norms, rotation, SwiGLU and residual
+        adds in the GEMMs' epilogues; `neobert.fused.fuse_epilogues` sets it.
+    """
+
+    fused_epilogues = False
 
     def __init__(self, config: NeoBERTConfig):
         super().__init__(config)
@@ -208,13 +214,16 @@ class NeoBERT(NeoBERTPreTrainedModel):
         states, attentions = [], []
         rotary = self.rotary.cos, self.rotary.sin, positions
         last = len(self.transformer_encoder) - 1
+        squares = unchecked.sum_of_squares(hidden.detach()) if self.fused_epilogues else None
         for number, block in enumerate(self.transformer_encoder):
             if output_hidden_states:
                 states.append(unpack_padded(hidden, layout))
             if output_attentions:
                 attentions.append(block.attention_probabilities(hidden, *rotary, layout))  # type: ignore[operator]
             keep = tokens_to_keep if number == last else None
-            hidden = block(hidden, *rotary, layout.cu_seqlens, layout.max_seqlen, keep)
+            hidden = block(hidden, *rotary, layout.cu_seqlens, layout.max_seqlen, keep, squares)
+            if squares is not None:
+                hidden, squares = hidden
         hidden = self.layer_norm(hidden)
         hidden = hidden[None] if packed is not None else unpack_padded(hidden, layout)
         return BaseModelOutput(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neobert.layers import Linear, NeoBERTBlock, RMSNorm, SwiGLU, is_bare
+from neobert.layers import NeoBERTBlock, bare_weights, check_bare
 from neobert.model import NeoBERT
 from neobert.packing import PackedBatch
 from neobert_kernels import sum_of_squares
@@ -71,29 +71,14 @@ class PreparedNeoBERT(nn.Module):
         return self.layer_norm(hidden)
 
 
-# The modules of a block, of which nothing but the weights is used.
-BARE = {
-    "": NeoBERTBlock,
-    "attention_norm": RMSNorm,
-    "qkv": Linear,
-    "wo": Linear,
-    "ffn_norm": RMSNorm,
-    "ffn": SwiGLU,
-    "ffn.w12": Linear,
-    "ffn.w3": Linear,
-}
-
-
 class _PreparedBlock(nn.Module):
     def __init__(self, name: str, block: Any):
         super().__init__()
-        for part, cls in BARE.items():
-            _check_bare(f"{name}.{part}".rstrip("."), block.get_submodule(part), cls)
+        check_bare(name, block, NeoBERTBlock)
+        qkv, self.wo, w12, self.w3, attention_gain, ffn_gain = bare_weights(block, name)
         self.scale = block.scale
         self.attention_eps, self.ffn_eps = block.attention_norm.eps, block.ffn_norm.eps
-        self.wo, self.w3 = block.wo.weight, block.ffn.w3.weight
-        qkv = fold_gain(block.qkv.weight, block.attention_norm.weight)
-        w12 = fold_gain(block.ffn.w12.weight, block.ffn_norm.weight)
+        qkv, w12 = fold_gain(qkv, attention_gain), fold_gain(w12, ffn_gain)
         self.register_buffer("qkv", qkv.detach(), persistent=False)
         self.register_buffer("w12", interleave_gate_up(w12).detach(), persistent=False)
 
@@ -108,11 +93,3 @@ class _PreparedBlock(nn.Module):
         hidden, squares = linear_add(attended.flatten(1), self.wo, hidden)
         gated = rms_linear_swiglu(hidden, squares, self.w12, self.ffn_eps)
         return linear_add(gated, self.w3, hidden)
-
-
-def _check_bare(name: str, module: nn.Module, cls: type[nn.Module]) -> None:
-    if not is_bare(module, cls):
-        raise ValueError(
-            f"{name} must be a bare {cls.__name__}, since a prepared NeoBERT uses its weight alone;"
-            f" it is a {type(module).__name__}, or one with hooks or another forward"
-        )

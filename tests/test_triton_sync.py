@@ -24,9 +24,11 @@ import neobert.layers
 import neobert.model
 import neobert_kernels
 from neobert import NeoBERT, NeoBERTForSequenceClassification, NeoBERTLMHead
+from neobert.fused import fuse_epilogues
 from neobert.packing import PackedBatch
 from neobert.prepared import PreparedNeoBERT
 from neobert_kernels import pool
+from neobert_kernels._library import ops
 from neobert_kernels.triton import (
     _device,
     attention,
@@ -55,7 +57,13 @@ LAUNCHERS = {
         (batch_invariant_linear, ("batch_invariant_linear",)),
         (
             epilogue,
-            ("sum_of_squares", "linear_add", "rms_linear_swiglu", "rms_linear_rotary"),
+            (
+                "sum_of_squares",
+                "linear_add",
+                "rms_linear_swiglu",
+                "rms_linear_swiglu_keep",
+                "rms_linear_rotary",
+            ),
         ),
         (cross_entropy, ("linear_cross_entropy", "linear_cross_entropy_grads")),
     )
@@ -156,6 +164,7 @@ def run_ops():
         neobert_kernels.linear_cross_entropy(x, *head)
         squares = neobert_kernels.sum_of_squares(x)
         neobert_kernels.rms_linear_swiglu(x, squares, empty(4096, dim))
+        ops.rms_linear_swiglu_keep(x, squares, empty(4096, dim), 1e-5)
         neobert_kernels.rms_linear_rotary(x, squares, empty(2304, dim), *table, positions)
         for residual in (x, stream):
             neobert_kernels.linear_add(x, empty(dim, dim), residual)
@@ -176,6 +185,8 @@ with torch.device("meta"):
     PREPARED = PreparedNeoBERT(ENCODER)
     CLASSIFIER = NeoBERTForSequenceClassification(CONFIG).bfloat16().eval()
     LANGUAGE_MODEL = NeoBERTLMHead(CONFIG).train()
+    FUSED = NeoBERTLMHead(CONFIG).train()
+    fuse_epilogues(FUSED)
 
 
 @torch.inference_mode()
@@ -198,23 +209,31 @@ def run_prepared():
     PREPARED(PackedBatch(ids, positions, packed["cu_seqlens"], packed["max_seqlen"]))
 
 
-def run_training_step(dtype=torch.bfloat16):
+def run_training_step(dtype=torch.bfloat16, model=LANGUAGE_MODEL):
     """Forward and backward of the masked-language model, the loss over a number of tokens that
     only the GPU knows."""
-    model = LANGUAGE_MODEL.to(dtype)
-    model.zero_grad()
+    model.to(dtype).zero_grad()
     labels, count = empty(1, 50, dtype=torch.int64), empty(dtype=torch.int64)
     model(**packed_input(), labels=labels, num_items_in_batch=count).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def run_training_step_under_autocast():
+def run_fused_training_step():
+    """As `run_training_step`, with fused epilogues."""
+    run_training_step(model=FUSED)
+
+
+def run_fused_training_step_under_autocast():
+    run_training_step_under_autocast(FUSED)
+
+
+def run_training_step_under_autocast(model=LANGUAGE_MODEL):
     """On meta tensors there is none; what the functions ask about it is answered here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(linear, "is_any_autocast_enabled", lambda: True)
         patch.setattr(torch, "is_autocast_enabled", lambda device: True)
         patch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
-        run_training_step(torch.float32)
+        run_training_step(torch.float32, model)
 
 
 PATHS = [
@@ -223,6 +242,8 @@ PATHS = [
     run_prepared,
     run_training_step,
     run_training_step_under_autocast,
+    run_fused_training_step,
+    run_fused_training_step_under_autocast,
 ]
 
 
@@ -234,6 +255,11 @@ def test_nothing_waits_for_the_gpu(no_values, path):
     elif path is run_prepared:
         fused = {"sum_of_squares", "rms_linear_rotary", "linear_add", "rms_linear_swiglu"}
         assert no_values.launched == fused | {"varlen_attention", "rms_norm"}
+    elif path in (run_fused_training_step, run_fused_training_step_under_autocast):
+        fused = {"sum_of_squares", "rms_linear_rotary", "linear_add", "rms_linear_swiglu_keep"}
+        kept = {"rms_norm_bwd", "rotary_qkv_", "swiglu_bwd", "varlen_attention_bwd", "linear"}
+        assert fused | kept <= no_values.launched
+        assert not no_values.launched & {"rms_linear_swiglu", "swiglu", "linear_swiglu"}
     else:
         assert {"rms_norm", "rotary_qkv_", "varlen_attention", "linear"} <= no_values.launched
 
@@ -281,6 +307,8 @@ def test_a_planted_wait_is_caught(no_values, monkeypatch, wait):
         (run_encoder, neobert.layers, "project"),
         (run_training_step, neobert.layers, "project"),
         (run_training_step, neobert.model, "linear_cross_entropy"),
+        (run_fused_training_step, neobert_kernels.epilogue_training, "_folded"),
+        (run_fused_training_step, neobert_kernels.epilogue_training, "product"),
     ],
 )
 def test_a_wait_planted_in_the_model_is_caught(no_values, monkeypatch, path, module, place, wait):
