@@ -27,6 +27,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from neobert.corpus import open_texts, text_batches
 from neobert.data import Corpus, MaskedBatch, TrainingStream
 from neobert.engine import CONFIG, NonFiniteLossError, prepare, start_accelerator, whole
+from neobert.fused import fuse_epilogues
 from neobert.hub import HubPush
 from neobert.locate import checkpoints, locate
 from neobert.masking import Masking
@@ -61,8 +62,9 @@ TOKENIZER_TEXTS = 200_000  # that a tokenizer is trained on
 # A run may go on with other values of these. Of anything else a change would make what follows
 # another run than the one that began.
 MAY_CHANGE = {"output", "micro_batch_bins", "padded", "precision", "gradient_checkpointing",
-              "compile", "validate_every", "log_every", "save_every", "keep_checkpoints",
-              "tensorboard", "wandb", "push_to_hub", "steps", "tokenizer"}  # fmt: skip
+              "compile", "fused_epilogues", "validate_every", "log_every", "save_every",
+              "keep_checkpoints", "tensorboard", "wandb", "push_to_hub", "steps",
+              "tokenizer"}  # fmt: skip
 
 
 @dataclass
@@ -156,6 +158,8 @@ def pretrain(config: PretrainConfig) -> Result:
         )
     else:
         model = NeoBERTLMHead(model_config)
+    if config.fused_epilogues:
+        fuse_epilogues(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.compile:

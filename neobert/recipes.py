@@ -47,6 +47,8 @@ class MaskedLMSettings:
         a step computes, only memory and speed; their product divides batch_bins.
     padded: padded batches of the same sequences, for comparison.
     mask_rate, mask_scheme: see `Masking`.
+    fused_epilogues: compute blocks with their norms, rotation, SwiGLU and residual adds in the
+        GEMMs' epilogues (`neobert.fused`); a GPU's kernels, not yet timed on one.
     validation_documents: how many documents of each source are held out; validate_every: steps.
     """
 
@@ -65,6 +67,8 @@ class MaskedLMSettings:
     mask_rate: float = 0.2
     mask_scheme: str = "mask"
     seed: int = 0
+
+    fused_epilogues: bool = False
 
     validation_documents: int = 0
     validate_every: int = 1000

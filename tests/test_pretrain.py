@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -249,6 +250,32 @@ def test_options_that_change_no_result(texts, tmp_path, finished, option):
     config = settings(texts, tmp_path / "run", **{option: "true", "steps": 8})
     pretrain(config)
     assert_same_curve(config, finished[0])
+
+
+def losses(config):
+    return [dict(record)["loss"] for record in curve(config) if "loss" in dict(record)]
+
+
+def test_fused_epilogues_are_the_same_training(texts, tmp_path):
+    """In float32, five steps of it; and a run goes on with them, or without, from a checkpoint
+    that is the released one."""
+    changes = dict(steps=5, save_every=2, validate_every=5)
+    plain = settings(texts, tmp_path / "plain", **changes)
+    fused = settings(texts, tmp_path / "fused", fused_epilogues="true", **changes)
+    pretrain(plain), pretrain(fused)
+    assert len(losses(plain)) == 5 and losses(fused) == pytest.approx(losses(plain), rel=1e-5)
+    assert losses(fused) != losses(plain), "another path"
+    ends = [checkpoints(tmp_path / name)[-1] for name in ("plain", "fused")]
+    weights = [load_file(end / "model.safetensors") for end in ends]
+    shapes = [{name: tensor.shape for name, tensor in each.items()} for each in weights]
+    assert shapes[0] == shapes[1]
+    changes["steps"] = 7
+    for option in ("true", "false"):
+        shutil.copytree(tmp_path / "plain", tmp_path / option)
+        pretrain(settings(texts, tmp_path / option, fused_epilogues=option, **changes))
+    on, off = (settings(texts, tmp_path / name) for name in ("true", "false"))
+    assert len(losses(on)) == 7 and losses(on) == pytest.approx(losses(off), rel=1e-5)
+    assert losses(on)[:5] == losses(off)[:5] == losses(plain) and losses(on) != losses(off)
 
 
 def test_bfloat16_keeps_weights_residual_and_optimizer_in_float32(texts, tmp_path, monkeypatch):
