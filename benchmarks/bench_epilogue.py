@@ -1,5 +1,6 @@
 """The layer's four GEMMs with their epilogues, and the layer, against the kernels they replace:
-PyTorch's GEMM and our norm, rotary, SwiGLU and residual add beside it. On a GPU, for inference.
+PyTorch's GEMM and our norm, rotary, SwiGLU and residual add beside it. On a GPU, for inference, and
+the layer for training too.
 
 An epilogue stays only where "fused" is at least 3 % faster than "separate" at every size.
 """
@@ -10,6 +11,7 @@ from bench_rotary import tables
 from compare import DEVICE, DIM, HEAD_DIM, HEADS, WIDTH
 
 from neobert import NeoBERT, NeoBERTConfig
+from neobert.fused import fuse_epilogues
 from neobert.packing import PackedBatch
 from neobert.prepared import PreparedNeoBERT
 from neobert_kernels import (
@@ -113,3 +115,34 @@ def test_four_layers(measure, by, number):
         gemms = 2 * DIM * (3 * DIM + DIM + 2 * WIDTH + WIDTH)
         flop = 4 * number * (gemms + 4 * LENGTH * DIM)
         measure(separate if by == "separate" else lambda: prepared(batch), flop=flop)
+
+
+@pytest.mark.parametrize("how", ["bfloat16 by autocast", "bfloat16"])
+@pytest.mark.parametrize("number", TOKENS[1:])
+@pytest.mark.parametrize("by", ["separate", "fused"])
+def test_four_layers_training(measure, by, number, how):
+    """Forward and backward of the encoder without and with fused epilogues, as the trainer runs it
+    (float32 weights and residual stream, autocast) and all in bfloat16."""
+    autocast = how.endswith("autocast")
+    with torch.device(DEVICE):
+        model = NeoBERT(NeoBERTConfig(num_hidden_layers=4)).train()
+        model.to(torch.float32 if autocast else torch.bfloat16)
+        if by == "fused":
+            fuse_epilogues(model)
+        inputs = {
+            "input_ids": torch.randint(1, 30000, (1, number)),
+            "position_ids": (torch.arange(number) % LENGTH)[None],
+            "cu_seqlens": torch.arange(0, number + 1, LENGTH, dtype=torch.int32),
+            "max_seqlen": LENGTH,
+        }
+        parameters = list(model.transformer_encoder.parameters())
+
+        def step():
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+                hidden = model(**inputs).last_hidden_state
+            # Not the embedding's, whose scatter would be timed beside the layers.
+            torch.autograd.grad(hidden, parameters, hidden.detach())
+
+        gemms = 2 * DIM * (3 * DIM + DIM + 2 * WIDTH + WIDTH)
+        flop = 4 * number * (3 * gemms + 3.5 * 4 * LENGTH * DIM)
+        measure(step, flop=flop)

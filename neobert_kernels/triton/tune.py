@@ -132,6 +132,7 @@ def epilogue_candidates(arch: int) -> Iterator[Candidate]:
     positions = torch.arange(TOKENS, device="cuda") % 512
     calls = {
         "swiglu": lambda: epilogue.rms_linear_swiglu(x, squares, w12, 1e-5),
+        "swiglu_keep": lambda: epilogue.rms_linear_swiglu_keep(x, squares, w12, 1e-5),
         "rotary": lambda: epilogue.rms_linear_rotary(
             x, squares, qkv, table, table, positions, 1e-5
         ),

@@ -6,7 +6,9 @@ from accuracy import assert_accurate
 from cases import DIM, HEAD_DIM, LENGTHS, WIDTH
 
 from neobert import NeoBERT, NeoBERTConfig
+from neobert.checkpoint import write_random_checkpoint
 from neobert.encode import Encoder
+from neobert.fused import fuse_epilogues
 from neobert.packing import pack
 from neobert.prepared import PreparedNeoBERT
 from neobert_kernels import epilogue
@@ -16,7 +18,7 @@ from tests.tiny import texts, write_tiny_checkpoint
 
 pytestmark = pytest.mark.no_poison
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-OPS = ("rms_linear_rotary", "rms_linear_swiglu", "linear_add")
+OPS = ("rms_linear_rotary", "rms_linear_swiglu", "rms_linear_swiglu_keep", "linear_add")
 
 
 def arguments(name, tokens, dtype, stream):
@@ -30,7 +32,7 @@ def arguments(name, tokens, dtype, stream):
     if name == "linear_add":
         return randn(tokens, WIDTH), randn(DIM, WIDTH, scale=WIDTH**-0.5), x
     squares = epilogue.reference_squares(x)
-    if name == "rms_linear_swiglu":
+    if name.startswith("rms_linear_swiglu"):
         return x, squares, randn(2 * WIDTH, DIM, scale=DIM**-0.5), 1e-5
     table = torch.randn(2, 512, HEAD_DIM // 2, device="cuda").unbind()
     positions = torch.arange(tokens, device="cuda") % 512
@@ -40,6 +42,7 @@ def arguments(name, tokens, dtype, stream):
 REFERENCES = {
     "rms_linear_rotary": epilogue.reference_rotary,
     "rms_linear_swiglu": epilogue.reference_swiglu,
+    "rms_linear_swiglu_keep": epilogue.reference_swiglu_keep,
     "linear_add": epilogue.reference_add,
 }
 
@@ -58,9 +61,13 @@ def test_accuracy(name, tokens, dtype, stream):
     x = given[0].to(dtype)  # what a kernel multiplies
     wide = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
             for t in (x, *given[1:])]  # fmt: skip
-    ours, plain = run(getattr(ops, name), given)[0], run(REFERENCES[name], given)[0]
-    truth = run(REFERENCES[name], wide)[0]
-    assert_accurate(*(t.flatten() for t in (ours, plain, truth)), name)
+    results = (
+        run(getattr(ops, name), given),
+        run(REFERENCES[name], given),
+        run(REFERENCES[name], wide),
+    )
+    for each in list(zip(*results, strict=True))[: 2 if name.endswith("keep") else 1]:
+        assert_accurate(*(t.flatten() for t in each), name)
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -98,3 +105,58 @@ def test_an_encoder_with_graphs(tmp_path):
     assert graphed.stats.graphed == graphed.stats.batches
     norms = (actual**2).sum(1) ** 0.5 * (expected**2).sum(1) ** 0.5
     assert ((actual * expected).sum(1) / norms).min() > 0.999
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Of the released width, seven layers, with the outlier."""
+    config = NeoBERTConfig(vocab_size=1000, num_hidden_layers=7)
+    return write_random_checkpoint(tmp_path_factory.mktemp("model"), config)
+
+
+def gradients(checkpoint, fused, inputs, dtype, autocast, weights=None):
+    """In `dtype`, of the checkpoint rounded to that of `weights`."""
+    model = NeoBERT.from_pretrained(checkpoint, dtype=weights or dtype).to(dtype).train().cuda()
+    if fused:
+        fuse_epilogues(model)
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        hidden = model(**inputs).last_hidden_state
+    torch.manual_seed(1)
+    hidden.backward(torch.randn(hidden.shape, device="cuda").to(hidden.dtype))
+    return {name: parameter.grad.double() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "bfloat16 by autocast"])
+def test_gradients_err_as_those_that_are_not_fused(checkpoint, precision):
+    """Against float32, whose own error does not count beside bfloat16's; in float32 the two agree.
+    The kernels of the model that is not fused are held against plain PyTorch in test_ops.py."""
+    batch = pack(random_sequences(LENGTHS)).to("cuda")
+    inputs = {
+        "input_ids": batch.input_ids[None],
+        "cu_seqlens": batch.cu_seqlens,
+        "max_seqlen": batch.max_seqlen,
+    }
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    truth = gradients(checkpoint, False, inputs, torch.float32, False, dtype)
+    autocast = precision.endswith("autocast")
+    errors = []
+    for fused in (True, False):
+        found = gradients(checkpoint, fused, inputs, dtype, autocast)
+        relative = [(found[name] - t).norm() / t.norm() for name, t in truth.items()]
+        errors.append(torch.stack(relative))
+    if precision == "float32":
+        assert errors[0].max() < 1e-4
+    else:
+        assert errors[0].max() <= 2 * errors[1].max()
+        assert errors[0].median() <= 2 * errors[1].median()
+
+
+def test_a_training_step_is_deterministic(checkpoint):
+    batch = pack(random_sequences([64, 64, 5])).to("cuda")
+    inputs = {
+        "input_ids": batch.input_ids[None],
+        "cu_seqlens": batch.cu_seqlens,
+        "max_seqlen": batch.max_seqlen,
+    }
+    first, second = (gradients(checkpoint, True, inputs, torch.float32, True) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
