@@ -186,6 +186,16 @@ def test_float64(name, monkeypatch):
     assert max(errors_in_float64(name)) < 1e-10
 
 
+def test_a_row_of_zeros(monkeypatch):
+    """Whose rstd is that of eps alone."""
+    monkeypatch.setattr(epilogue_training, "ops", references())
+    leaves, gradients = drawn("rotary", 0, *3 * [torch.float64])
+    leaves[0].data[7] = 0.0
+    ours, plain = (run(f, leaves, gradients, torch.float64)[2] for f in FUNCTIONS["rotary"])
+    torch.testing.assert_close(ours[7], plain[7], rtol=1e-10, atol=0.0)
+    assert ours[7].abs().max() > 10
+
+
 def _rotated_forwards(qkv, cos, sin, positions, inverse):
     rotary.reference_qkv_(qkv, cos, sin, positions, False)
 
