@@ -330,3 +330,13 @@ def test_a_stream_in_another_dtype_is_refused():
     with torch.autocast("cpu", torch.float16):
         with pytest.raises(TypeError, match=r"swiglu: x must be float32 or torch\.float16, as the"):
             norm_linear_swiglu(x, squares, weight, gain, EPS)
+
+
+def test_what_is_added_is_cast_by_autocast():
+    (x, weight, residual), (gradient,) = drawn("add", 0, *KINDS["float32"])
+    with torch.autocast("cpu", torch.bfloat16):
+        total, expected = (linear_add(each, weight, residual)[0] for each in (x, x.bfloat16()))
+    assert torch.equal(total, expected) and total.dtype == torch.float32
+    total.backward(gradient)
+    dx = (gradient.bfloat16() @ weight.detach().bfloat16()).float()
+    torch.testing.assert_close(x.grad, dx, rtol=1e-2, atol=1e-2)
