@@ -89,7 +89,7 @@ def test_equals_one_position_at_a_time(checkpoint, scorer):
         assert score.loss_standard_error == score.perplexity_standard_error == 0
 
 
-@pytest.mark.parametrize("max_tokens", [1, 40, 10_000])
+@pytest.mark.parametrize("max_tokens", [1, 100, 10_000])
 def test_the_budget_changes_nothing(scorer, max_tokens):
     documents, _ = scorer.documents(some_texts([3, 20, 5]), "x")
     other = Scorer.__new__(Scorer)
@@ -98,8 +98,8 @@ def test_the_budget_changes_nothing(scorer, max_tokens):
     scores = list(other(documents, sizes.append))
     copies = [len(each.ids) for each in documents for _ in each.places]
     assert sum(sizes) == sum(copies)
-    if max_tokens == 40:
-        assert max(sizes) <= 40 and 1 < len(sizes) < len(copies)
+    if max_tokens == 100:  # more than a copy of 20 words has, of whatever docstrings
+        assert max(sizes) <= 100 and 1 < len(sizes) < len(copies)
     else:
         assert sizes == (copies if max_tokens == 1 else [sum(copies)])
     for mine, theirs in zip(scores, scorer(documents), strict=True):
