@@ -128,6 +128,18 @@ def test_a_batch_beyond_the_budget_gives_the_same_step(sure_model, data, tmp_pat
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
+def test_a_run_says_which_rows_are_left_out(model, tmp_path, capsys):
+    folder = write_tsv(tmp_path / "data", "QQP")
+    with open(folder / "train.tsv", "a") as file:
+        file.write("5\t1\t2\tHow do\n\nI?\tWhat?\t1\n7\t8\n")
+    finetune(run_settings(model, tmp_path / "data", tmp_path / "run", task="qqp", epochs=1))
+    path = folder / "train.tsv"
+    rows = "; ".join(f"{path}, row {row}" for row in (4, 5, 6))
+    said = "".join(capsys.readouterr())
+    assert f"4 rows of {path} do not have its columns and are left out: {rows}; …" in said
+    assert "dev.tsv do not have" not in said
+
+
 def test_what_a_run_leaves(whole, model, data):
     """The saved model predicts, one example at a time, with the score of the result."""
     config, result = whole
