@@ -71,6 +71,23 @@ def attention_table(results: dict) -> list[str]:
     return lines
 
 
+def perplexity_table(results: dict) -> list[str]:
+    """Seconds of a document's pseudo-perplexity, and how many times as long the other ways take."""
+    lines = [
+        "| pseudo-perplexity of a document of 128 tokens | ours, s | plain PyTorch, a copy at a time |"
+        " plain PyTorch, 32 copies at a time | ours, a copy at a time |",
+        "|---|---|---|---|---|",
+    ]
+    for size, label in (("full", "full size"), ("tiny", "the `tiny` preset's size")):
+        for dtype in DTYPES:
+            figures = results.get(f"bench_perplexity.py::test_document[{size}-{dtype}]")
+            if figures:
+                cells = [f"{times:.1f}x" for times in figures["times_as_fast_as"].values()]
+                seconds = f"{figures['median_s']:.3g}"
+                lines.append(f"| {label}, {dtype} | {' | '.join([seconds, *cells])} |")
+    return lines
+
+
 ROW_OPS = {
     "RMSNorm": "bench_rms_norm.py::test_rms_norm",
     "add + RMSNorm": "bench_rms_norm.py::test_add_rms_norm",
@@ -94,7 +111,8 @@ def row_op_table(results: dict) -> list[str]:
             f"{each['share_of_memory_copy']:.2f} ({each['share_of_copy']:.2f})" if each else "-"
             for each in figures
         ]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        if any(figures):
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -193,7 +211,10 @@ def render(path: Path) -> str:
         lines += [*encoder_table(results), ""]
     if any("bench_latency" in name for name in results):
         lines += [*latency_table(results), ""]
-    return "\n".join([*lines, *attention_table(results), "", *row_op_table(results)])
+    for table in (perplexity_table(results), attention_table(results), row_op_table(results)):
+        if len(table) > 2:  # more than its head
+            lines += [*table, ""]
+    return "\n".join(lines[:-1])
 
 
 def main() -> None:

@@ -52,6 +52,18 @@ def test_cpu(report, tmp_path):
     assert "| SwiGLU | - | - | - | 1.20 (0.75) | - | - |" in text
 
 
+def test_cpu_has_the_tables_that_were_measured(report, tmp_path):
+    machine = {"cores": 2, "cpu": "CPU", "cpu_kernels": "avx2"}
+    times = {"plain, a copy at a time": 5.37, "plain, 32": 2.0, "ours, a copy at a time": 3.04}
+    name = "bench_perplexity.py::test_document[tiny-float32]"
+    text = report.render(
+        write(tmp_path, machine, {name: {"median_s": 0.0704, "times_as_fast_as": times}})
+    )
+    lines = text.splitlines()
+    assert lines[2].startswith("| pseudo-perplexity of a document of 128 tokens | ours, s |")
+    assert lines[4:] == ["| the `tiny` preset's size, float32 | 0.0704 | 5.4x | 2.0x | 3.0x |"]
+
+
 def test_throughput(report, tmp_path):
     machine = {"cores": 2, "cpu": "CPU", "cpu_kernels": "avx2", "torch": "2.13"}
     cell = {"tokens_per_s": 1234.0, "flops": 5e11, "mfu": 0.5, "padding": 1.0, "batch": 2}
