@@ -74,8 +74,8 @@ def attention_table(results: dict) -> list[str]:
 def perplexity_table(results: dict) -> list[str]:
     """Seconds of a document's pseudo-perplexity, and how many times as long the other ways take."""
     lines = [
-        "| pseudo-perplexity of a document of 128 tokens | ours, s | plain PyTorch, a copy at a time |"
-        " plain PyTorch, 32 copies at a time | ours, a copy at a time |",
+        "| pseudo-perplexity of a document of 128 tokens | ours, s | plain PyTorch, a copy at a"
+        " time | plain PyTorch, 32 copies at a time | ours, a copy at a time |",
         "|---|---|---|---|---|",
     ]
     for size, label in (("full", "full size"), ("tiny", "the `tiny` preset's size")):
@@ -211,9 +211,9 @@ def render(path: Path) -> str:
         lines += [*encoder_table(results), ""]
     if any("bench_latency" in name for name in results):
         lines += [*latency_table(results), ""]
-    for table in (perplexity_table(results), attention_table(results), row_op_table(results)):
-        if len(table) > 2:  # more than its head
-            lines += [*table, ""]
+    for rows in (perplexity_table(results), attention_table(results), row_op_table(results)):
+        if len(rows) > 2:  # more than its head
+            lines += [*rows, ""]
     return "\n".join(lines[:-1])
 
 

@@ -39,9 +39,9 @@ QUERIES = (
 )
 
 # Changes of the presets "tiny" of the two trainings: chosen for two and a half minutes on two AVX2
-# cores. Where every chosen token is masked, as in the paper, no loss asks for the last states of the
-# others, and the mean over those is a worse beginning than random weights (LOG.md). A batch is one
-# chunk, so that no text is embedded twice for its gradient.
+# cores. Where every chosen token is masked, as in the paper, no loss asks for the last states of
+# the others, and the mean over those is a worse beginning than random weights (LOG.md). A batch is
+# one chunk, so that no text is embedded twice for its gradient.
 PRETRAIN = ("steps=200", "validate_every=200", "save_every=200", "log_every=50",
             "tensorboard=false", "mask_scheme=80/10/10")  # fmt: skip
 CONTRASTIVE = ("steps=240", "batch_size=128", "max_tokens=16384", "lr=2e-3", "save_every=240",
