@@ -14,8 +14,8 @@ def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(12 << 20)  # 48 MiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-first, *others = [faults() for _ in range(6)]
-print(first, others[-1])
+first, *others = [faults() for _ in range(20)]
+print(first, *others)
 """
 
 
@@ -25,6 +25,9 @@ def test_pages_are_taken_once(how):
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, how], check=True, capture_output=True, text=True
     )
-    first, later = map(int, done.stdout.split())
+    first, *later = map(int, done.stdout.split())
     assert first > 20  # huge pages would take 24 faults, others 12,288
-    assert later <= (4 if how == "keep" else first) and (how == "keep" or later > 20)
+    # A small block may have taken the beginning of a freed one, which is then too small: now and
+    # then a large one lies elsewhere.
+    kept = sum(faults <= 4 for faults in later)
+    assert kept >= len(later) // 2 if how == "keep" else kept == 0, later
