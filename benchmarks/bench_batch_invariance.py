@@ -30,12 +30,7 @@ def test_batch_invariance(benchmark, workload, dtype):
 
     @torch.inference_mode()
     def forward(model: NeoBERT) -> torch.Tensor:
-        return model(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.positions[None],
-            cu_seqlens=batch.cu_seqlens,
-            max_seqlen=batch.max_seqlen,
-        ).last_hidden_state
+        return model(**batch.inputs()).last_hidden_state
 
     default, invariant = (forward(model) for model in models)
     assert torch.nn.functional.cosine_similarity(

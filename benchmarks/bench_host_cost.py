@@ -71,12 +71,7 @@ def way(request) -> Iterator[str]:
 
 
 def encoder_call(model: NeoBERT, batch: PackedBatch) -> Callable[[], object]:
-    inputs = {
-        "input_ids": batch.input_ids[None],
-        "position_ids": batch.positions[None],
-        "cu_seqlens": batch.cu_seqlens,
-        "max_seqlen": batch.max_seqlen,
-    }
+    inputs = batch.inputs()
     return lambda: model(**inputs)
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from neobert.config import NeoBERTConfig
-from neobert.encode import MAX_TOKENS, device_and_dtype
+from neobert.devices import MAX_TOKENS, device_and_dtype
 from neobert.locate import locate
 from neobert.model import NeoBERTLMHead
 from neobert.packing import PackedBatch, pack

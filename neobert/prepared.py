@@ -14,8 +14,8 @@ from neobert.layers import NeoBERTBlock, bare_weights, check_bare
 from neobert.model import NeoBERT
 from neobert.packing import PackedBatch
 from neobert_kernels import sum_of_squares
-from neobert_kernels._library import is_any_autocast_enabled
 from neobert_kernels.epilogue import fold_gain, interleave_gate_up
+from neobert_kernels.linear import autocast_dtype
 from neobert_kernels.unchecked import (
     linear_add,
     rms_linear_rotary,
@@ -59,10 +59,9 @@ class PreparedNeoBERT(nn.Module):
                 f"a sequence of {batch.max_seqlen} tokens is longer than the model's max_length,"
                 f" {self.config.max_length}"
             )
-        kind = batch.input_ids.device.type
         # In which plain PyTorch's products would be of another dtype.
-        if is_any_autocast_enabled() and torch.is_autocast_enabled(kind):
-            with torch.autocast(kind, enabled=False):
+        if autocast_dtype(batch.input_ids) is not None:
+            with torch.autocast(batch.input_ids.device.type, enabled=False):
                 return self(batch)
         hidden = self.encoder(batch.input_ids)
         squares = sum_of_squares(hidden)

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._checks import at_least_float32, check_dtype, check_same_device, check_same_dtype, check_shape
-from ._library import define, is_any_autocast_enabled, ops
+from ._library import define, ops
+from .linear import autocast_dtype
 from .rotary import check_table
 from .rotary import reference as rotary_reference
 from .swiglu import reference as swiglu_reference
@@ -198,7 +199,7 @@ def _rms_linear(x: Tensor, squares: Tensor, weight: Tensor, eps: float) -> Tenso
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     """In float32, also where autocast would round what PyTorch multiplies."""
     x, weight = at_least_float32(x), at_least_float32(weight)
-    if is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+    if autocast_dtype(x) is not None:
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x, weight)
     return F.linear(x, weight)

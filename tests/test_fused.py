@@ -54,10 +54,7 @@ def packed_inputs(keep=False):
     rows = torch.arange(0, batch.num_tokens, 3)
     labels = batch.input_ids[rows] if keep else batch.input_ids
     return {
-        "input_ids": batch.input_ids[None],
-        "position_ids": batch.positions[None],
-        "cu_seqlens": batch.cu_seqlens,
-        "max_seqlen": batch.max_seqlen,
+        **batch.inputs(),
         "labels": labels[None],
         **({"tokens_to_keep": rows} if keep else {}),
     }
@@ -241,12 +238,7 @@ def test_compiles_into_at_most_three_graphs(ordinary):
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     for lengths in ([5, 9, 7], [33, 2], [64, 3, 3, 12], [17]):
         batch = pack(random_sequences(lengths))
-        arguments = dict(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.positions[None],
-            cu_seqlens=batch.cu_seqlens,
-            max_seqlen=batch.max_seqlen,
-        )
+        arguments = batch.inputs()
         results = []
         for function in (model, compiled):
             function(**arguments).last_hidden_state.square().mean().backward()

@@ -363,12 +363,7 @@ def test_compiles_whole_into_at_most_three_graphs(tmp_path, training, dynamic):
     compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend=counter)
     for lengths in ([5, 9, 7], [33, 2], [64, 3, 3, 12], [17], [200, 0, 1, 1], [64] * 9, [2] * 40):
         batch = pack(random_sequences(lengths))
-        arguments = dict(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.positions[None],
-            cu_seqlens=batch.cu_seqlens,
-            max_seqlen=batch.max_seqlen,
-        )
+        arguments = batch.inputs()
         results = []
         for function in (model, compiled):
             with torch.set_grad_enabled(training):

@@ -28,7 +28,8 @@ from transformers.utils import is_flash_attn_2_available
 
 from neobert.checkpoint import write_random_checkpoint
 from neobert.config import NeoBERTConfig
-from neobert.encode import MAX_TOKENS, Encoder
+from neobert.devices import MAX_TOKENS
+from neobert.encode import Encoder
 from neobert.model import NeoBERT
 from neobert.packing import PackedBatch, pack, token_budget_batches
 from neobert.plain import PlainNeoBERT

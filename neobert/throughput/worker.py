@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from neobert.devices import DTYPES
 from neobert.throughput import measure, models
 from neobert.throughput.shapes import CONTESTANTS, Contestant, Shape
 from neobert.throughput.workloads import Workload, made_up_texts, made_up_tokenizer, random_ids
 
 QUERIES = 16  # different ones in a row, each of its own length
 WARM_UP_SECONDS = 3.0  # steps that take longer need none: a small batch has warmed up already
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,7 @@ def model():
 def embed(model):
     @torch.inference_mode()
     def function(batch, mode="mean"):
-        hidden = model(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.positions[None],
-            cu_seqlens=batch.cu_seqlens,
-            max_seqlen=batch.max_seqlen,
-        ).last_hidden_state[0]
+        hidden = model(**batch.inputs()).last_hidden_state[0]
         return pool(hidden, batch.cu_seqlens, mode)
 
     return function

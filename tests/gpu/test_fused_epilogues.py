@@ -131,11 +131,7 @@ def test_gradients_err_as_those_that_are_not_fused(checkpoint, precision):
     """Against float32, whose own error does not count beside bfloat16's; in float32 the two agree.
     The kernels of the model that is not fused are held against plain PyTorch in test_ops.py."""
     batch = pack(random_sequences(LENGTHS)).to("cuda")
-    inputs = {
-        "input_ids": batch.input_ids[None],
-        "cu_seqlens": batch.cu_seqlens,
-        "max_seqlen": batch.max_seqlen,
-    }
+    inputs = batch.inputs()
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     truth = gradients(checkpoint, False, inputs, torch.float32, False, dtype)
     autocast = precision.endswith("autocast")
@@ -153,10 +149,6 @@ def test_gradients_err_as_those_that_are_not_fused(checkpoint, precision):
 
 def test_a_training_step_is_deterministic(checkpoint):
     batch = pack(random_sequences([64, 64, 5])).to("cuda")
-    inputs = {
-        "input_ids": batch.input_ids[None],
-        "cu_seqlens": batch.cu_seqlens,
-        "max_seqlen": batch.max_seqlen,
-    }
+    inputs = batch.inputs()
     first, second = (gradients(checkpoint, True, inputs, torch.float32, True) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
